@@ -1,0 +1,77 @@
+"""A request as the layers below HTTP see it, and what an engine reports about the work it did."""
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from core.ids import ModelName, RequestId, TenantId
+
+
+class Endpoint(StrEnum):
+    """Routes whose requests are scheduled; the value is the path that an OpenAI-compatible engine serves."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
+    RESPONSES = "/v1/responses"
+    MESSAGES = "/v1/messages"
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens that an engine says it processed. ``cached_tokens`` is the part of the prompt it did not recompute."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Timeouts(msgspec.Struct, frozen=True):
+    """Deadlines of one request, in seconds. Keep-alive comments from an engine reset none of them.
+
+    ``first_token`` counts from the start of a leg, ``idle`` between chunks, ``total`` from arrival. A whole
+    (non-streamed) answer of an engine that sends nothing until the end is bounded by ``total`` alone.
+    """
+
+    connect: float = 2.0
+    queue: float = 30.0
+    first_token: float = 120.0
+    idle: float = 60.0
+    total: float = 600.0
+
+
+class CallContext(msgspec.Struct, frozen=True):
+    """Who calls, and what decisions may know of the caller. Only ``tenant`` is trusted: it comes from the key."""
+
+    tenant: TenantId
+    end_user: str | None = None
+    session: str | None = None
+    program: str | None = None
+    run: str | None = None
+    stage: str | None = None
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One request, parsed and checked, with the body that goes to the engine.
+
+    ``body`` is the client's JSON object less what was Forebay's own; drivers copy it before they edit it.
+    ``wants_usage`` is whether a streaming client itself asked for the usage chunk.
+    """
+
+    id: RequestId
+    endpoint: Endpoint
+    model: ModelName
+    context: CallContext
+    body: dict[str, Any]
+    stream: bool
+    wants_usage: bool
+    timeouts: Timeouts
+    prompt_tokens_estimate: int
+    max_tokens: int
+    fallbacks: tuple[ModelName, ...] = ()
+    traceparent: str | None = None
+
+    @property
+    def tokens_estimate(self) -> int:
+        """What the call may cost in all: the estimated prompt and the longest answer it allows."""
+        return self.prompt_tokens_estimate + self.max_tokens

@@ -1,0 +1,250 @@
+"""Every error that Forebay reports, as one tree.
+
+::
+
+    ForebayError
+    ├── InvalidRequest              the caller has to change the request
+    │   ├── InvalidJson
+    │   ├── UnsupportedParameter
+    │   ├── ContextLengthExceeded
+    │   ├── RequestTooLarge
+    │   ├── UnknownModel
+    │   ├── UnknownUrl
+    │   └── MethodNotAllowed
+    ├── InvalidKey                  no key, or one that nobody issued
+    ├── PermissionDenied            the key is known and may not do this
+    │   └── ModelNotAllowed
+    ├── Unavailable                 nothing wrong with the request; try again later
+    │   ├── QueueFull
+    │   ├── NoHealthyWorker
+    │   ├── ConnectionLimit
+    │   └── Draining
+    ├── TimedOut                    one of the five named deadlines has passed
+    │   ├── QueueTimeout
+    │   ├── ConnectTimeout
+    │   ├── FirstTokenTimeout
+    │   ├── IdleTimeout
+    │   ├── TotalTimeout
+    │   └── ClientIdle
+    ├── UpstreamError               a worker answered, and the answer is an error
+    │   ├── UpstreamRefused         ... of the 4xx kind: the engine dislikes the request itself
+    │   ├── UpstreamBusy            ... 429 or 503
+    │   └── UpstreamBroken          ... anything else, or bytes that make no sense
+    ├── WorkerLost                  the worker went away while it worked
+    └── InternalError               our own fault
+
+HTTP statuses are not known here: ``gateway/errors.py`` holds the one table that maps a class to a status.
+"""
+
+from typing import ClassVar
+
+
+class ForebayError(Exception):
+    """Anything that is told to a caller. ``code`` is stable, ``retryable``: the same request may yet succeed."""
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.specific_code = code or type(self).code
+        self.retry_after = retry_after
+
+
+class InvalidRequest(ForebayError):
+    """The request is malformed; the message says which part and what would be right."""
+
+    code = "invalid_request"
+
+
+class InvalidJson(InvalidRequest):
+    """The body is not a JSON object."""
+
+    code = "invalid_json"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter that is unknown, or whose feature this server does not have."""
+
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt does not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class RequestTooLarge(InvalidRequest):
+    """The body has more bytes than the server accepts."""
+
+    code = "request_too_large"
+
+
+class UnknownModel(InvalidRequest):
+    """No model of this name, or none that this key may see: the two look alike on purpose."""
+
+    code = "model_not_found"
+
+
+class UnknownUrl(InvalidRequest):
+    """No route has this path."""
+
+    code = "unknown_url"
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The route exists, for another method."""
+
+    code = "method_not_allowed"
+
+
+class InvalidKey(ForebayError):
+    """No key was sent, or it is not a known one."""
+
+    code = "invalid_api_key"
+
+
+class PermissionDenied(ForebayError):
+    """The key is valid and not allowed to do this."""
+
+    code = "permission_denied"
+
+
+class ModelNotAllowed(PermissionDenied):
+    """The key's allow-list does not name the model."""
+
+    code = "model_not_allowed"
+
+
+class Unavailable(ForebayError):
+    """The server cannot take the request now."""
+
+    code = "unavailable"
+    retryable = True
+
+
+class QueueFull(Unavailable):
+    """The model's queue has reached its bound."""
+
+    code = "queue_full"
+
+
+class NoHealthyWorker(Unavailable):
+    """No worker of the model runs, nor will one soon."""
+
+    code = "no_healthy_worker"
+
+
+class ConnectionLimit(Unavailable):
+    """The caller has as many undelivered answers open as one tenant may have."""
+
+    code = "connection_limit"
+
+
+class Draining(Unavailable):
+    """The server is shutting down."""
+
+    code = "draining"
+
+
+class TimedOut(ForebayError):
+    """One of the named deadlines has passed."""
+
+    code = "timeout"
+    retryable = True
+
+
+class QueueTimeout(TimedOut):
+    """No worker became free within ``timeouts.queue``."""
+
+    code = "queue_timeout"
+
+
+class ConnectTimeout(TimedOut):
+    """The worker's socket did not accept within ``timeouts.connect``."""
+
+    code = "connect_timeout"
+
+
+class FirstTokenTimeout(TimedOut):
+    """The worker sent nothing within ``timeouts.first_token``."""
+
+    code = "first_token_timeout"
+
+
+class IdleTimeout(TimedOut):
+    """The worker stopped sending for longer than ``timeouts.idle``."""
+
+    code = "idle_timeout"
+
+
+class TotalTimeout(TimedOut):
+    """The answer was not complete within ``timeouts.total``."""
+
+    code = "upstream_timeout"
+
+
+class ClientIdle(TimedOut):
+    """The client has not read what waits for it within ``client_idle``."""
+
+    code = "client_idle"
+    retryable = False
+
+
+class UpstreamError(ForebayError):
+    """A worker answered with an error. ``status`` is what it answered."""
+
+    code = "upstream_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code, retry_after=retry_after)
+        self.status = status
+
+
+class UpstreamRefused(UpstreamError):
+    """The engine refused the request itself (4xx): another worker would refuse it too."""
+
+
+class UpstreamBusy(UpstreamError):
+    """The engine has no room now (429, 503); ``retry_after`` is its own advice in seconds."""
+
+    code = "upstream_busy"
+    retryable = True
+
+
+class UpstreamBroken(UpstreamError):
+    """The engine failed (5xx) or sent what no client could read."""
+
+    retryable = True
+
+
+class WorkerLost(ForebayError):
+    """The connection to the worker broke before the answer was complete."""
+
+    code = "worker_lost"
+    retryable = True
+
+
+class InternalError(ForebayError):
+    """A fault of Forebay itself; the log has the details under the request id."""
+
+    code = "internal"
+    retryable = True
