@@ -21,7 +21,7 @@ class Served(msgspec.Struct, frozen=True):
 
 
 class Answer(Protocol):
-    """One call on its way. Leaving it before its end without ``cancel`` lets the engine finish into the journal."""
+    """One call on its way. Whoever asked for it closes it."""
 
     @property
     def usage(self) -> Usage:
@@ -32,13 +32,16 @@ class Answer(Protocol):
         """Why the answer ended early; None while it runs and after a complete answer."""
 
     async def first_byte(self) -> Served:
-        """Wait until an answer is sure to follow, or raise the ``ForebayError`` that stands in its place."""
+        """Wait until an answer is sure to follow, or raise the ``ForebayError`` that stands in its place.
+
+        Of a streamed answer the first event is there; a whole answer is there altogether.
+        """
 
     def chunks(self) -> AsyncIterator[bytes]:
         """Yield the answer's bytes as they come: one body, or whole SSE frames. Raises ``ForebayError`` if cut."""
 
-    def cancel(self) -> None:
-        """Give the call up: the worker is told at once. Harmless on an answer that has ended."""
+    def close(self) -> None:
+        """Let go of the answer; if it still runs, its worker is told to stop at once."""
 
 
 class Completer(Protocol):

@@ -31,6 +31,7 @@
     │   ├── UpstreamBusy            ... 429 or 503
     │   └── UpstreamBroken          ... anything else, or bytes that make no sense
     ├── WorkerLost                  the worker went away while it worked
+    │   └── WorkerUnreachable       ... before it had seen the request
     └── InternalError               our own fault
 
 HTTP statuses are not known here: ``gateway/errors.py`` holds the one table that maps a class to a status.
@@ -241,6 +242,12 @@ class WorkerLost(ForebayError):
 
     code = "worker_lost"
     retryable = True
+
+
+class WorkerUnreachable(WorkerLost):
+    """No connection to the worker could be made: it has not seen the request."""
+
+    code = "worker_unreachable"
 
 
 class InternalError(ForebayError):

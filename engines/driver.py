@@ -15,14 +15,14 @@ class Chunk(msgspec.Struct):
     """A piece of an answer, in arrival order.
 
     ``raw`` goes to the client as it is (whole SSE frames, or a whole body; empty where the piece is only news of
-    progress). ``num_tokens`` counts the output tokens in it, ``usage`` is set on the piece that brought it, and
-    ``finish`` on the last one.
+    progress). ``num_tokens`` counts the output tokens in it; ``usage`` is all the engine has reported so far.
+    ``is_progress`` is False for keep-alive comments, which say nothing of the work and reset no deadline.
     """
 
     raw: bytes
     num_tokens: int = 0
     usage: Usage | None = None
-    finish: str | None = None
+    is_progress: bool = True
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -64,6 +64,9 @@ class Driver(Protocol):
         Raises ``ConnectTimeout``, ``UpstreamError`` or ``WorkerLost``. An error that the engine hides in a 200
         stream is raised too; it is never yielded.
         """
+
+    def reports_progress(self, call: Call) -> bool:
+        """Whether ``run`` yields while a whole (non-streamed) answer is being made, so that silence means trouble."""
 
     async def settle(self, num_running: int) -> None:
         """Return once the engine has really stopped what was cancelled: it runs at most ``num_running`` requests.

@@ -23,6 +23,7 @@ class Launch(msgspec.Struct, frozen=True):
     memory_gib: float | None = None
     args: tuple[str, ...] = ()
     env: dict[str, str] = {}
+    program: str | None = None
     command: tuple[str, ...] = ()
 
 

@@ -100,6 +100,7 @@ class LaunchSettings(_Section):
     memory: Bytes | None = None
     args: tuple[str, ...] = ()
     env: dict[str, str] = {}
+    program: str | None = None
     command: tuple[str, ...] = ()
 
 

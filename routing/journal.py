@@ -20,7 +20,6 @@ class Journal:
     __slots__ = (
         "call",
         "error",
-        "finish",
         "frames",
         "is_complete",
         "num_bytes",
@@ -37,7 +36,6 @@ class Journal:
         self.num_delivered_bytes = 0
         self.num_tokens = 0
         self.usage: Usage | None = None
-        self.finish: str | None = None
         self.error: ForebayError | None = None
         self.is_complete = False
         self.on_change: Callable[[], None] = _nobody

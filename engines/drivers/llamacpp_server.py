@@ -37,6 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slot-save-path", type=Path, help="directory for saved slots")
     parser.add_argument("--batch", type=int, default=256, help="tokens per prefill step")
     parser.add_argument("--cache-ram", type=int, default=512, help="MiB for prompts that have lost their slot")
+    parser.add_argument("--chat-template", type=Path, help="Jinja file used in place of the model's own template")
     parser.add_argument("--gpu-layers", type=int, default=-1, help="layers on the GPU, where there is one")
     return parser.parse_args(argv)
 
@@ -47,6 +48,8 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise StartError(f"--{name} must be at least 1")
     _check_model(args.model)
+    if args.chat_template and not args.chat_template.is_file():
+        raise StartError(f"there is no chat template {args.chat_template}")
     _check_port(args.host, args.port)
 
 
@@ -93,6 +96,8 @@ def common_params(args: argparse.Namespace, key: str | None) -> Any:
         params.api_keys = [key]
     if args.alias:
         params.model_alias = {args.alias}
+    if args.chat_template:
+        params.chat_template = args.chat_template.read_text()
     if args.slot_save_path:
         args.slot_save_path.mkdir(parents=True, exist_ok=True)
         params.slot_save_path = f"{args.slot_save_path}{os.sep}"  # the engine joins by plain concatenation

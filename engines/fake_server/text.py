@@ -26,8 +26,11 @@ _IDS_END = _LETTERS_FROM + _LETTER_BASE**_LETTERS_PER_ID
 _PIECE = re.compile(r" ?\S+|\s")
 _LONGEST_CACHED_PIECE = 32
 
-_FIRST = "ba de fi go ha ke li mo na pe ri so ta ve wi zo".split()
-_SECOND = "ban cor del fin gar hem jus kin lor mat nes pol ran sit ton ver".split()
+_FIRST = ["ba", "de", "fi", "go", "ha", "ke", "li", "mo", "na", "pe", "ri", "so", "ta", "ve", "wi", "zo"]
+_SECOND = [
+    *("ban", "cor", "del", "fin", "gar", "hem", "jus", "kin"),
+    *("lor", "mat", "nes", "pol", "ran", "sit", "ton", "ver"),
+]
 WORDS: tuple[str, ...] = tuple(first + second for first in _FIRST for second in _SECOND)
 
 

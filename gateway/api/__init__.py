@@ -1,0 +1,1 @@
+"""Routes of the data and the admin port."""

@@ -1,7 +1,7 @@
 """Write requirements.txt anew from requirements.in: `python tests/vllm/lock.py`, in Forebay's development environment.
 
-uv resolves and lists the hash of every file of every package, for all platforms: 350 kB. Only the files that pip takes on
-Python 3.11 for x86-64 Linux are kept, since torch's CPU wheel ties the environment to that.
+uv resolves and lists the hash of every file of every package, for all platforms: 350 kB. Only the files that pip
+takes on Python 3.11 for x86-64 Linux are kept, since torch's CPU wheel ties the environment to that.
 """
 
 import json

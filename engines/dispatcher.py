@@ -1,0 +1,339 @@
+"""Owns the scheduler: feeds it events, carries out its effects, and runs every leg as a task of its own."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self, assert_never
+
+import msgspec
+import structlog
+
+from core.chat import Call
+from core.clock import Clock
+from core.completer import Served
+from core.errors import (
+    ClientIdle,
+    FirstTokenTimeout,
+    ForebayError,
+    IdleTimeout,
+    InternalError,
+    InvalidRequest,
+    NoHealthyWorker,
+    QueueFull,
+    QueueTimeout,
+    TimedOut,
+    TotalTimeout,
+    UpstreamBusy,
+    UpstreamRefused,
+    WorkerLost,
+    WorkerUnreachable,
+)
+from core.ids import ModelName, RequestId, WorkerId
+from engines.driver import Chunk, Driver
+from engines.run import Run
+from routing.scheduler import (
+    Abort,
+    Cancel,
+    Cause,
+    Effect,
+    Event,
+    FirstToken,
+    LegEnded,
+    Reject,
+    Scheduler,
+    Start,
+    Submit,
+    Tick,
+    Tokens,
+    Worker,
+    WorkerView,
+)
+
+_log = structlog.get_logger(__name__)
+
+# How often deadlines are looked at: they pass at most this much late, and a request needs no timer of its own.
+_WATCH_INTERVAL_S = 0.05
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """``undelivered_bytes``: how far one reader may lag; ``client_idle``: for how long it may take nothing at all."""
+
+    undelivered_bytes: int = 4 * 2**20
+    client_idle: float = 60.0
+
+
+class Dispatcher:
+    """Runs calls on workers. An async context manager: leaving it ends every leg.
+
+    All of it lives on one event loop, so the scheduler is fed by one owner and needs no lock.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clock: Clock,
+        driver_of: Callable[[WorkerId], Driver | None],
+        bounds: Bounds,
+    ) -> None:
+        self._scheduler = scheduler
+        self._clock = clock
+        self._driver_of = driver_of
+        self._bounds = bounds
+        self._runs: dict[RequestId, Run] = {}
+        self._tasks = asyncio.TaskGroup()
+        self._watcher: asyncio.Task[None] | None = None
+        self._emptied = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        self._watcher = self._tasks.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+        for run in tuple(self._runs.values()):
+            run.close()
+        # The body's own error passes by the group, which would wrap it; only a cancellation is the group's to know.
+        was_cancelled = isinstance(error, asyncio.CancelledError)
+        await self._tasks.__aexit__(*((kind, error, trace) if was_cancelled else (None, None, None)))
+
+    def submit(self, call: Call) -> Run:
+        """Queue the call and return at once; see ``Completer.submit``."""
+        run = Run(call, self._clock, self._close)
+        self._runs[call.id] = run
+        self._feed(
+            Submit(
+                request=call.id,
+                tenant=call.context.tenant,
+                models=(call.model, *call.fallbacks) if call.fallbacks else (call.model,),
+                tokens_estimate=call.tokens_estimate,
+                queue_timeout=call.timeouts.queue,
+                now=run.arrived_at,
+            )
+        )
+        return run
+
+    def on_worker(self, view: WorkerView) -> None:
+        """Tell the scheduler that a worker has appeared or changed."""
+        self._feed(Worker(view=view, now=self._clock.monotonic()))
+
+    @property
+    def num_open(self) -> int:
+        """How many answers are not closed yet."""
+        return len(self._runs)
+
+    async def emptied(self) -> None:
+        """Wait until every answer is closed."""
+        while self._runs:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def num_running(self, worker: WorkerId) -> int:
+        """How many slots of the worker are taken."""
+        return self._scheduler.num_running(worker)
+
+    def num_waiting(self, model: ModelName) -> int:
+        """How many requests wait for a worker of the model."""
+        return self._scheduler.num_waiting(model)
+
+    # Effects
+
+    def _feed(self, event: Event) -> None:
+        self._carry_out(self._scheduler.on(event))
+
+    def _carry_out(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Start():
+                    self._start(effect)
+                case Abort():
+                    self._abort(effect)
+                case Reject():
+                    self._reject(effect)
+                case _:
+                    assert_never(effect)
+
+    def _start(self, start: Start) -> None:
+        run = self._runs[start.request]
+        run.leg = start
+        run.cause = "aborted"
+        run.leg_error = None
+        run.retry_after = None
+        now = self._clock.monotonic()
+        run.leg_started_at = run.progress_at = now
+        run.queue_s += now - run.queued_at
+        run.task = self._tasks.create_task(self._run_leg(run, start))
+        # A task that is cancelled before its first step never runs: only its callback is sure to.
+        run.task.add_done_callback(lambda _: self._leg_done(run, start))
+
+    def _abort(self, abort: Abort) -> None:
+        run = self._runs.get(RequestId(abort.leg.rpartition("/")[0]))
+        if run is not None and run.task is not None:
+            run.task.cancel()
+
+    def _reject(self, reject: Reject) -> None:
+        run = self._runs.get(reject.request)
+        if run is None:
+            return
+        model = run.call.model
+        error: ForebayError
+        match reject.why:
+            case "failed":
+                error = run.leg_error or WorkerLost(f"the worker of {model!r} was lost")
+            case "queue_full":
+                error = QueueFull(f"too many requests wait for {model!r}", retry_after=reject.retry_after)
+            case "queue_timeout":
+                error = QueueTimeout(f"no worker of {model!r} became free within {run.call.timeouts.queue:g} s")
+            case "no_healthy_worker":
+                error = NoHealthyWorker(f"no worker of {model!r} is running", retry_after=reject.retry_after)
+            case _:
+                assert_never(reject.why)
+        run.journal.fail(error)
+
+    # Legs
+
+    async def _run_leg(self, run: Run, start: Start) -> None:
+        driver = self._driver_of(start.worker)
+        call = run.call if start.model == run.call.model else msgspec.structs.replace(run.call, model=start.model)
+        try:
+            if driver is None:
+                raise WorkerUnreachable(f"worker {start.worker!r} is not running")
+            run.watches_progress = driver.reports_progress(call)
+            async with aclosing(driver.run(call)) as chunks:  # type: ignore[type-var] # drivers are generators
+                async for chunk in chunks:
+                    self._take(run, start, chunk)
+                    if run.journal.num_undelivered_bytes > self._bounds.undelivered_bytes:
+                        await run.room()
+            run.cause = "done"
+        except ForebayError as error:
+            run.leg_error = error
+            run.cause = cause_of(error)
+            run.retry_after = error.retry_after
+        except asyncio.CancelledError:
+            run.cause = "aborted" if run.leg_error is None else "timed_out"
+            if driver is not None:
+                await driver.settle(self._scheduler.num_running(start.worker) - 1)
+        except Exception:  # noqa: BLE001 - the border of a leg: one broken driver ends one request
+            _log.exception("leg_failed", request_id=call.id, worker_id=start.worker)
+            run.leg_error = InternalError(f"an internal error; the log tells more under {call.id}")
+            run.cause = "broken"
+
+    def _leg_done(self, run: Run, start: Start) -> None:
+        """Close the books of a leg, however it ended. Every started leg comes by here exactly once."""
+        run.leg = None
+        run.task = None
+        now = self._clock.monotonic()
+        run.queued_at = now
+        if run.cause == "done":
+            run.journal.complete()
+        self._feed(LegEnded(leg=start.leg, cause=run.cause, now=now, retry_after=run.retry_after))
+
+    def _take(self, run: Run, start: Start, chunk: Chunk) -> None:
+        """Write what the engine sent into the journal."""
+        journal = run.journal
+        if not chunk.is_progress:
+            if run.has_first_byte:
+                journal.append(chunk.raw, 0)
+            return
+        now = self._clock.monotonic()
+        run.progress_at = now
+        if chunk.usage is not None:
+            journal.usage = chunk.usage
+        if chunk.raw and not run.has_first_byte:
+            run.has_first_byte = True
+            run.served = Served(
+                model=start.model,
+                worker=start.worker,
+                attempts=start.attempt,
+                queue_s=run.queue_s,
+                engine_s=now - run.leg_started_at,
+            )
+            if run.call.stream:
+                self._feed(FirstToken(leg=start.leg))
+        if journal.num_undelivered_bytes == 0:
+            run.lags_since = now
+        if chunk.num_tokens and run.watches_progress:
+            self._feed(Tokens(leg=start.leg, num=chunk.num_tokens))
+        journal.append(chunk.raw, chunk.num_tokens)
+
+    def _close(self, run: Run) -> None:
+        if self._runs.get(run.call.id) is not run:
+            return
+        if not run.journal.has_ended or run.task is not None:
+            self._feed(Cancel(request=run.call.id, now=self._clock.monotonic()))
+        del self._runs[run.call.id]
+        if not self._runs:
+            self._emptied.set()
+
+    # Deadlines
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            self.tick()
+
+    def tick(self) -> None:
+        """Look at the clock: let the scheduler act on passed time, and end what is too late."""
+        now = self._clock.monotonic()
+        wakeup = self._scheduler.next_wakeup()
+        if wakeup is not None and wakeup <= now:
+            self._feed(Tick(now=now))
+        for run in tuple(self._runs.values()):
+            self._check(run, now)
+
+    def _check(self, run: Run, now: float) -> None:
+        timeouts = run.call.timeouts
+        lag_limit = self._bounds.client_idle
+        if run.reader is not None and run.journal.num_undelivered_bytes and now - run.lags_since > lag_limit:
+            self._cut(run, ClientIdle(f"the client has read nothing for {lag_limit:g} s"))
+        elif run.journal.has_ended:
+            return
+        elif now - run.arrived_at > timeouts.total:
+            self._give_up(run, TotalTimeout(f"the answer was not complete within {timeouts.total:g} s"))
+        elif run.task is None or run.leg_error is not None or not run.watches_progress or run.is_held_back:
+            return
+        elif not run.has_first_byte and run.progress_at == run.leg_started_at:
+            if now - run.leg_started_at > timeouts.first_token:
+                self._end_leg(run, FirstTokenTimeout(f"the worker sent nothing within {timeouts.first_token:g} s"))
+        elif now - run.progress_at > timeouts.idle:
+            self._end_leg(run, IdleTimeout(f"the worker stopped sending for {timeouts.idle:g} s"))
+
+    def _end_leg(self, run: Run, error: TimedOut) -> None:
+        """End the leg alone: before the first byte another one may follow."""
+        run.leg_error = error
+        if run.task is not None:
+            run.task.cancel()
+
+    def _give_up(self, run: Run, error: TimedOut) -> None:
+        """End the whole request."""
+        run.journal.fail(error)
+        self._feed(Cancel(request=run.call.id, now=self._clock.monotonic()))
+
+    def _cut(self, run: Run, error: TimedOut) -> None:
+        """End the request and the reader that takes nothing."""
+        reader = run.reader
+        self._give_up(run, error)
+        if reader is not None:
+            run.reader = None
+            reader.cancel()
+
+
+def cause_of(error: ForebayError) -> Cause:
+    """Return what an error says of the worker it came from."""
+    match error:
+        case UpstreamRefused() | InvalidRequest():
+            return "refused"
+        case UpstreamBusy():
+            return "busy"
+        case WorkerUnreachable():
+            return "unreachable"
+        case WorkerLost():
+            return "lost"
+        case TimedOut():
+            return "unreachable"  # a connection that was not accepted in time
+        case _:
+            return "broken"

@@ -1,0 +1,136 @@
+"""vLLM: `vllm serve` on a GPU or a CPU, started by us or found running."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+from core.chat import Endpoint
+from core.errors import ForebayError
+from engines.driver import Capabilities, Health, Load
+from engines.drivers.metrics import gauge
+from engines.drivers.openai import OpenAIDriver
+from engines.drivers.wire import Wire
+from engines.engine import Command
+from engines.spec import WorkerSpec
+
+_SETTLE_TIMEOUT_S = 5.0  # vLLM drops an aborted request within some 80 ms; a step of a big batch may take longer
+_SETTLE_POLL_S = 0.05
+
+
+class VllmDriver(OpenAIDriver):
+    """vLLM's OpenAI server: its wire is OpenAI's, and it tells its health, its load and its context."""
+
+    def __init__(self, base_url: str, api_key: str | None, *, served_name: str | None = None) -> None:
+        super().__init__(base_url, api_key, served_name=served_name)
+        self._engine: Wire = self._wire
+
+    async def settle(self, num_running: int) -> None:
+        """Return when vLLM itself runs no more than it should, or after five seconds."""
+        for _ in range(int(_SETTLE_TIMEOUT_S / _SETTLE_POLL_S)):
+            load = await self.load()
+            if load is None or load.running <= num_running:
+                return
+            await asyncio.sleep(_SETTLE_POLL_S)
+
+    async def health(self) -> Health:
+        """Ask ``/health``; vLLM answers 503 once its engine process is dead."""
+        try:
+            status, _ = await self._engine.fetch("/health")
+        except ForebayError:
+            return "unreachable"
+        return "ok" if status == 200 else "unhealthy"
+
+    async def load(self) -> Load | None:
+        """Read ``/metrics``."""
+        try:
+            status, body = await self._engine.fetch("/metrics")
+        except ForebayError:
+            return None
+        if status != 200:
+            return None
+        text = body.decode("utf-8", "replace")
+        return Load(
+            running=int(gauge(text, "vllm:num_requests_running") or 0),
+            waiting=int(gauge(text, "vllm:num_requests_waiting") or 0),
+            kv_used=gauge(text, "vllm:kv_cache_usage_perc"),
+        )
+
+    async def capabilities(self) -> Capabilities:
+        """Read the routes and the context, then try token ids both ways and a continued message."""
+        known = await super().capabilities()
+        model = self._served_name or (known.models[0] if known.models else "")
+        probe = await self._probe("/v1/completions", {"model": model, "prompt": [1, 2, 3], "return_token_ids": True})
+        continued = await self._probe(
+            "/v1/chat/completions",
+            {
+                "model": model,
+                "messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1, 2,"}],
+                "continue_final_message": True,
+                "add_generation_prompt": False,
+            },
+        )
+        return Capabilities(
+            endpoints=await self._endpoints(),
+            context_tokens=known.context_tokens,
+            token_ids=bool(probe and probe["choices"][0].get("token_ids")),
+            token_prompts=probe is not None,
+            continuation=continued is not None,
+            cache_salt=True,
+            metrics=await self.load() is not None,
+            models=known.models,
+            version=await self._version(),
+        )
+
+    async def _probe(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            answer = await self._engine.ask(path, {**body, "max_tokens": 1, "temperature": 0}, timeout_s=60)
+        except ForebayError:
+            return None
+        return dict(answer)
+
+    async def _endpoints(self) -> tuple[str, ...]:
+        try:
+            document = await self._engine.ask("/openapi.json", timeout_s=10)
+        except ForebayError:
+            return ()
+        paths = document.get("paths", {})
+        return tuple(path for path in Endpoint if path in paths)
+
+    async def _version(self) -> str | None:
+        try:
+            return str((await self._engine.ask("/version")).get("version"))
+        except ForebayError:
+            return None
+
+
+class VllmEngine:
+    """How ``vllm serve`` is started. The key travels by environment, so that no process list shows it."""
+
+    def command(self, spec: WorkerSpec, port: int, key: str) -> Command:
+        """Return argv and environment for one worker of ours."""
+        launch = spec.launch
+        assert launch is not None
+        argv = [
+            launch.program or _program(), "serve", launch.source,
+            "--host", "127.0.0.1", "--port", str(port),
+            "--served-model-name", spec.served_name or spec.model,
+            "--max-num-seqs", str(max(launch.slots, spec.max_inflight)),
+            "--enable-prompt-tokens-details",
+        ]  # fmt: skip
+        if launch.context:
+            argv += ["--max-model-len", str(launch.context)]
+        if launch.tp > 1:
+            argv += ["--tensor-parallel-size", str(launch.tp)]
+        env = {"VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        return Command(argv=(*argv, *launch.args), env=env)
+
+    def driver(self, spec: WorkerSpec, base_url: str, key: str | None) -> VllmDriver:
+        """Return the driver of a worker at this URL."""
+        return VllmDriver(base_url, key, served_name=spec.served_name or spec.model)
+
+
+def _program() -> str:
+    """Return the `vllm` beside this Python if there is one, else whatever PATH has."""
+    beside = Path(sys.executable).with_name("vllm")
+    return str(beside) if beside.exists() else "vllm"

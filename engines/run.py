@@ -1,0 +1,148 @@
+"""One call under way: the journal that the engine writes, and the reader that follows it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from core.chat import Call, Usage
+from core.clock import Clock
+from core.completer import Served
+from core.errors import ForebayError
+from routing.journal import Journal
+from routing.scheduler import Cause, Start
+
+
+class Run:
+    """Fits ``core.completer.Answer``. Written by ``engines/dispatcher.py``, read by one consumer.
+
+    Times are monotonic seconds. ``reader`` is the consumer's task, if it wants to be cancelled when it has not taken
+    anything for ``client_idle``; ``lags_since`` is since when something has waited for it.
+    """
+
+    __slots__ = (
+        "_clock",
+        "_on_close",
+        "_room",
+        "_waiter",
+        "arrived_at",
+        "cause",
+        "has_first_byte",
+        "journal",
+        "lags_since",
+        "leg",
+        "leg_error",
+        "leg_started_at",
+        "progress_at",
+        "queue_s",
+        "queued_at",
+        "reader",
+        "retry_after",
+        "served",
+        "task",
+        "watches_progress",
+    )
+
+    def __init__(self, call: Call, clock: Clock, on_close: Callable[["Run"], None]) -> None:
+        self.journal = Journal(call)
+        self.journal.on_change = self._wake
+        self._clock = clock
+        self._on_close = on_close
+        self._waiter: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        now = clock.monotonic()
+        self.arrived_at = now
+        self.queued_at = now
+        self.queue_s = 0.0
+        self.lags_since = now
+        self.reader: asyncio.Task[None] | None = None
+        self.served: Served | None = None
+        # The leg that runs now, if any, and how it ends.
+        self.leg: Start | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.leg_started_at = now
+        self.progress_at = now
+        self.watches_progress = False
+        self.has_first_byte = False
+        self.cause: Cause = "aborted"
+        self.leg_error: ForebayError | None = None
+        self.retry_after: float | None = None
+
+    @property
+    def call(self) -> Call:
+        """The call itself."""
+        return self.journal.call
+
+    @property
+    def usage(self) -> Usage:
+        """What has been metered so far."""
+        return self.journal.metered
+
+    @property
+    def error(self) -> ForebayError | None:
+        """Why the answer ended early, if it did."""
+        return self.journal.error
+
+    async def first_byte(self) -> Served:
+        """Wait until the answer is sure to follow; see ``Answer.first_byte``."""
+        journal = self.journal
+        is_stream = journal.call.stream
+        while not journal.has_ended and not (is_stream and journal.frames):
+            await self._changed()
+        if journal.error is not None and not (is_stream and journal.frames):
+            raise journal.error
+        assert self.served is not None
+        return self.served
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield what is in the journal and what comes, joined where the reader lags; raise if the answer was cut."""
+        journal = self.journal
+        position = 0
+        while True:
+            frames = journal.frames
+            if position < len(frames):
+                piece = frames[position] if position + 1 == len(frames) else b"".join(frames[position:])
+                position = len(frames)
+                yield piece
+                self._delivered(len(piece))
+            elif journal.error is not None:
+                raise journal.error
+            elif journal.is_complete:
+                return
+            else:
+                await self._changed()
+
+    def close(self) -> None:
+        """Let go of the answer; if it still runs, its worker is told to stop at once."""
+        self.reader = None
+        self._on_close(self)
+
+    async def room(self) -> None:
+        """Wait until the reader has taken something. For the writer, when too much lies undelivered."""
+        self._room = asyncio.get_running_loop().create_future()
+        try:
+            await self._room
+        finally:
+            self._room = None
+            self.progress_at = self._clock.monotonic()  # it was us who did not listen, not the engine who was silent
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether the writer waits for the reader."""
+        return self._room is not None
+
+    def _delivered(self, num_bytes: int) -> None:
+        self.journal.num_delivered_bytes += num_bytes
+        self.lags_since = self._clock.monotonic()
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    async def _changed(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

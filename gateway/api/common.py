@@ -1,0 +1,89 @@
+"""What the FastAPI routes of both ports share: errors in our envelope, and an id on every answer."""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from core.chat import Endpoint
+from core.errors import ForebayError, InternalError, InvalidRequest, MethodNotAllowed, UnknownUrl
+from core.ids import new_request_id
+from gateway.api.requests import request_id_of
+from gateway.errors import body_of, headers_of, status_of
+
+_log = structlog.get_logger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class WithRequestId:
+    """ASGI application around another: echoes ``x-request-id`` on every answer, making one up if none was sent."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = request_id_of(dict(scope["headers"])) or new_request_id()
+        scope["state"]["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def speak_our_errors(app: FastAPI) -> None:
+    """Let every failure of the app's routes leave in our envelope; the framework's own never do."""
+    app.add_exception_handler(ForebayError, _known)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unknown)
+
+
+def _answer(request: Request, error: ForebayError) -> Response:
+    endpoint = Endpoint.MESSAGES if request.url.path.startswith("/v1/messages") else None
+    body = body_of(error, endpoint, request.scope.get("state", {}).get("request_id", ""))
+    headers = {name.decode(): value.decode() for name, value in headers_of(error)}
+    return Response(msgspec.json.encode(body), status_of(error), headers, "application/json")
+
+
+async def _known(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ForebayError)
+    return _answer(request, error)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:])
+    return _answer(request, InvalidRequest(f"`{place}`: {first['msg']}", param=place or None))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return _answer(request, UnknownUrl(f"there is no {path} here; see /docs for what there is"))
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        return _answer(request, MethodNotAllowed(f"{path} does not take {request.method}"))
+    return _answer(request, InvalidRequest(str(error.detail)))
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    request_id = request.scope.get("state", {}).get("request_id", "")
+    _log.error("request_failed", request_id=request_id, exc_info=error)
+    return _answer(request, InternalError(f"an internal error; its id is {request_id}"))

@@ -1,0 +1,317 @@
+"""The hot routes of the data port, as one raw ASGI application in front of FastAPI's.
+
+Every request takes this path: key, body, call, scheduler, and the answer as it comes. It is written for speed: no
+middleware, no task beside the engine's, one pass over the headers. The routes stand in the OpenAPI document all the
+same (``gateway/api/document.py``).
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+import structlog
+
+from core.chat import Call, Endpoint
+from core.clock import Clock
+from core.completer import Served
+from core.errors import (
+    ConnectionLimit,
+    ForebayError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    RequestTooLarge,
+)
+from core.ids import RequestId, TenantId, new_request_id
+from engines.run import Run
+from gateway.api.requests import read_call, request_id_of
+from gateway.auth import Keys, Principal
+from gateway.chat import ChatService
+from gateway.connection import EXTENSION, Connection
+from gateway.errors import body_of, frame_of, headers_of, status_of
+from gateway.settings import ServerSettings
+from gateway.telemetry import Metrics, RequestLog, RequestRecord
+from routing.catalog import Catalog
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_log = structlog.get_logger(__name__)
+
+# llama.cpp's and LiteLLM's clients leave the prefix out.
+_ROUTES: dict[str, Endpoint] = {
+    path: endpoint for endpoint in Endpoint for path in (endpoint.value, endpoint.value.removeprefix("/v1"))
+}
+_JSON = (b"content-type", b"application/json")
+_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"x-forebay-cache", b"disabled"),
+)
+_CACHE = (b"x-forebay-cache", b"disabled")
+_CLIENT_LEFT = 499
+
+
+class _Exchange:
+    """One request and its answer on one connection."""
+
+    __slots__ = (
+        "call",
+        "connection",
+        "error",
+        "first_byte_at",
+        "has_body",
+        "has_left",
+        "headers",
+        "id",
+        "principal",
+        "run",
+        "send",
+        "served",
+        "started_at",
+        "status",
+        "task",
+    )
+
+    def __init__(self, scope: Scope, send: Send, now: float) -> None:
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.connection: Connection = scope["extensions"][EXTENSION]
+        self.id: RequestId = request_id_of(self.headers) or new_request_id()
+        self.send = send
+        self.started_at = now
+        self.first_byte_at: float | None = None
+        self.principal: Principal | None = None
+        self.call: Call | None = None
+        self.run: Run | None = None
+        self.served: Served | None = None
+        self.status = 0
+        self.error: ForebayError | None = None
+        self.has_body = False
+        self.has_left = False
+        self.task: asyncio.Task[None] | None = None
+
+    def leave(self) -> None:
+        """The client has closed its connection: give the call up, and do not wait for it."""
+        self.has_left = True
+        if self.run is not None:
+            self.run.close()
+        if self.task is not None:
+            self.task.cancel()
+
+
+class DataPlane:
+    """ASGI application of the data port; ``others`` serves what is not a call to a model."""
+
+    def __init__(
+        self,
+        *,
+        settings: ServerSettings,
+        keys: Keys,
+        catalog: Catalog,
+        chat: ChatService,
+        clock: Clock,
+        metrics: Metrics,
+        request_log: RequestLog | None,
+        others: AsgiApp,
+    ) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._catalog = catalog
+        self._chat = chat
+        self._clock = clock
+        self._metrics = metrics
+        self._request_log = request_log
+        self._others = others
+        self._num_open: Counter[TenantId] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        endpoint = _ROUTES.get(scope["path"]) if scope["type"] == "http" else None
+        if endpoint is None:
+            await self._others(scope, receive, send)
+            return
+        exchange = _Exchange(scope, send, self._clock.monotonic())
+        try:
+            await self._serve(endpoint, scope, receive, exchange)
+        except ForebayError as error:
+            await self._refuse(endpoint, exchange, error)
+        except asyncio.CancelledError:
+            # Either the client has left, or it takes nothing and its connection is cut; the server's own end cancels
+            # nothing before its drain is over.
+            if not exchange.has_left:
+                exchange.error = exchange.run.error if exchange.run is not None else None
+                exchange.connection.abort()
+        except Exception as error:  # noqa: BLE001 - the border of a request
+            _log.exception("request_failed", request_id=exchange.id)
+            await self._refuse(endpoint, exchange, InternalError(f"an internal error; its id is {exchange.id}"))
+            del error
+        finally:
+            exchange.connection.unwatch()
+            self._close(endpoint, exchange)
+
+    async def _serve(self, endpoint: Endpoint, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
+        if scope["method"] != "POST":
+            raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
+        exchange.principal = principal = self._keys.identify(exchange.headers)
+        raw = await self._read_body(receive, exchange)
+        exchange.has_body = True
+        exchange.call = call = read_call(
+            endpoint,
+            raw,
+            exchange.headers,
+            request_id=exchange.id,
+            principal=principal,
+            catalog=self._catalog,
+        )
+        if self._num_open[principal.tenant] >= self._settings.max_tenant_streams:
+            raise ConnectionLimit(
+                f"{self._settings.max_tenant_streams} answers are open for this tenant already", retry_after=1.0
+            )
+        exchange.run = run = self._chat.submit(call)
+        self._num_open[principal.tenant] += 1
+        run.reader = exchange.task = asyncio.current_task()
+        exchange.connection.watch(exchange.leave)
+        exchange.served = served = await run.first_byte()
+        exchange.first_byte_at = now = self._clock.monotonic()
+        exchange.status = 200
+        if call.stream:
+            await self._send_stream(run, served, exchange, now)
+        else:
+            await self._send_whole(run, served, exchange, now)
+
+    async def _read_body(self, receive: Receive, exchange: _Exchange) -> bytes:
+        """Return the whole body, which the connection waits for only so long. Raises ``RequestTooLarge``."""
+        limit = self._settings.max_body
+        declared = exchange.headers.get(b"content-length")
+        if declared is not None and declared.isdigit() and int(declared) > limit:
+            raise RequestTooLarge(f"the body has {int(declared)} bytes; {limit} are accepted")
+        message = await receive()
+        if message.get("more_body") or message["type"] == "http.disconnect":
+            return await _read_rest(receive, message, limit)
+        body: bytes = message["body"]
+        if len(body) > limit:
+            raise RequestTooLarge(f"the body has {len(body)} bytes; {limit} are accepted")
+        return body
+
+    def _answer_headers(self, served: Served, exchange: _Exchange, now: float) -> list[tuple[bytes, bytes]]:
+        overhead_s = now - exchange.started_at - served.queue_s - served.engine_s
+        return [
+            (b"x-request-id", exchange.id.encode()),
+            (b"x-forebay-model", served.model.encode()),
+            (b"x-forebay-worker", served.worker.encode()),
+            (b"x-forebay-attempts", b"%d" % served.attempts),
+            (b"x-forebay-queue-ms", b"%.2f" % (served.queue_s * 1000)),
+            (b"x-forebay-overhead-ms", b"%.2f" % (overhead_s * 1000)),
+        ]
+
+    async def _send_whole(self, run: Run, served: Served, exchange: _Exchange, now: float) -> None:
+        body = b"".join(run.journal.frames)
+        headers = self._answer_headers(served, exchange, now)
+        headers += (_JSON, _CACHE, (b"content-length", b"%d" % len(body)))
+        await exchange.send({"type": "http.response.start", "status": 200, "headers": headers})
+        await exchange.send({"type": "http.response.body", "body": body})
+
+    async def _send_stream(self, run: Run, served: Served, exchange: _Exchange, now: float) -> None:
+        send = exchange.send
+        headers = self._answer_headers(served, exchange, now)
+        headers += _STREAM
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async for piece in run.chunks():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except ForebayError as error:
+            # The status line has been sent: the error goes into the stream, and ends it.
+            exchange.error = error
+            frame = frame_of(error, run.call.endpoint, exchange.id)
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _refuse(self, endpoint: Endpoint, exchange: _Exchange, error: ForebayError) -> None:
+        """Send an error in place of an answer."""
+        if exchange.status:  # too late: part of an answer is out
+            exchange.connection.abort()
+            return
+        exchange.error = error
+        exchange.status = status_of(error)
+        body = msgspec.json.encode(body_of(error, endpoint, exchange.id))
+        headers = [
+            (b"x-request-id", exchange.id.encode()),
+            _JSON,
+            (b"content-length", b"%d" % len(body)),
+            *headers_of(error),
+        ]
+        if endpoint is Endpoint.MESSAGES:
+            headers.append((b"request-id", exchange.id.encode()))
+        if not exchange.has_body:
+            headers.append((b"connection", b"close"))  # what may still come of the body is nobody's request
+        await exchange.send({"type": "http.response.start", "status": exchange.status, "headers": headers})
+        await exchange.send({"type": "http.response.body", "body": body})
+
+    def _close(self, endpoint: Endpoint, exchange: _Exchange) -> None:
+        """Let go of the call and book it."""
+        run = exchange.run
+        now = self._clock.monotonic()
+        served = exchange.served
+        call = exchange.call
+        principal = exchange.principal
+        if run is not None:
+            run.close()
+            assert principal is not None
+            self._num_open[principal.tenant] -= 1
+        context = call.context if call is not None else None
+        record = RequestRecord(
+            time=self._clock.wall(),
+            id=exchange.id,
+            endpoint=endpoint.value,
+            status=_CLIENT_LEFT if exchange.has_left else exchange.status,
+            duration_s=now - exchange.started_at,
+            tenant=principal.tenant if principal is not None else None,
+            key=principal.key_name if principal is not None else None,
+            model=served.model if served is not None else call.model if call is not None else None,
+            worker=served.worker if served is not None else None,
+            stream=call.stream if call is not None else False,
+            attempts=served.attempts if served is not None else 0,
+            queue_s=run.queue_s if run is not None else 0.0,
+            first_byte_s=exchange.first_byte_at - exchange.started_at if exchange.first_byte_at is not None else None,
+            overhead_s=exchange.first_byte_at - exchange.started_at - served.queue_s - served.engine_s
+            if served is not None and exchange.first_byte_at is not None
+            else None,
+            usage=run.usage if run is not None else None,
+            error=exchange.error.specific_code if exchange.error is not None else None,
+            end_user=context.end_user if context is not None else None,
+            session=context.session if context is not None else None,
+            program=context.program if context is not None else None,
+            run=context.run if context is not None else None,
+            stage=context.stage if context is not None else None,
+            client_retry=_client_retry(exchange.headers),
+        )
+        self._metrics.observe(record)
+        if self._request_log is not None:
+            self._request_log.add(record)
+
+
+async def _read_rest(receive: Receive, message: Message, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise InvalidRequest("the client closed its connection before the body was complete")
+        part = message.get("body", b"")
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise RequestTooLarge(f"the body has more than {limit} bytes")
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+
+
+def _client_retry(headers: dict[bytes, bytes]) -> str | None:
+    count = headers.get(b"x-stainless-retry-count")
+    return count.decode("latin-1")[:8] if count is not None and count != b"0" else None

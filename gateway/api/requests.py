@@ -1,0 +1,275 @@
+"""From bytes to a ``Call``: parse once, check what we rely on, take out what is ours, leave the rest as it came."""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import msgspec
+
+from core.chat import Call, CallContext, Endpoint, Timeouts
+from core.errors import InvalidJson, InvalidRequest, UnknownModel, UnsupportedParameter
+from core.ids import ModelName, RequestId
+from gateway.auth import Principal
+from routing.catalog import Catalog, Model
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_HEADER_PREFIX = b"x-forebay-"
+_BYTES_PER_TOKEN = 4  # English text under a BPE of usual size; settled by the engine's own count
+_DEFAULT_ANSWER_TOKENS = 256
+_MAX_CHOICES = 128
+
+# Keys of the "forebay" object. What is not built yet is refused by name, so that nobody believes it works.
+_LABELS = ("end_user", "session", "program", "run", "stage")
+_BUILT = (*_LABELS, "timeouts", "fallbacks")
+_PLANNED = ("cache", "objective", "deadline_ms", "class", "route", "examples", "kv")
+_TIMEOUTS = Timeouts.__struct_fields__
+
+_LIMIT_FIELDS: dict[Endpoint, tuple[str, ...]] = {
+    Endpoint.CHAT: ("max_completion_tokens", "max_tokens"),
+    Endpoint.COMPLETIONS: ("max_tokens",),
+    Endpoint.RESPONSES: ("max_output_tokens",),
+    Endpoint.MESSAGES: ("max_tokens",),
+    Endpoint.EMBEDDINGS: (),
+}
+_PROMPT_FIELD = {
+    Endpoint.CHAT: "messages",
+    Endpoint.COMPLETIONS: "prompt",
+    Endpoint.EMBEDDINGS: "input",
+    Endpoint.RESPONSES: "input",
+    Endpoint.MESSAGES: "messages",
+}
+
+
+def request_id_of(headers: Mapping[bytes, bytes]) -> RequestId | None:
+    """Return the client's own request id if it is a sane one."""
+    given = headers.get(b"x-request-id")
+    if given is not None and _SANE_ID.fullmatch(given):
+        return RequestId(given.decode("ascii"))
+    return None
+
+
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object in the body. Raises ``InvalidJson``."""
+    try:
+        body = msgspec.json.decode(raw)
+    except msgspec.DecodeError as error:
+        raise InvalidJson(f"the body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidJson("the body is nested too deeply") from error
+    if not isinstance(body, dict):
+        raise InvalidJson(f"the body has to be a JSON object, not {_kind(body)}")
+    return body
+
+
+def find_model(body: Mapping[str, Any], catalog: Catalog, principal: Principal) -> Model:
+    """Return the model that the body names. Raises ``InvalidRequest``, ``UnknownModel`` or ``ModelNotAllowed``."""
+    name = body.get("model")
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest("`model` has to be the name of a model; GET /v1/models lists them", param="model")
+    model = catalog.find(name)
+    if model is None:
+        visible = [known for known in catalog.names() if _is_visible(known, catalog, principal)]
+        near = difflib.get_close_matches(name, visible, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/models lists those that do"
+        raise UnknownModel(f"the model {name[:128]!r} does not exist{hint}", param="model")
+    principal.check(model.name)
+    return model
+
+
+def read_call(
+    endpoint: Endpoint,
+    raw: bytes,
+    headers: Mapping[bytes, bytes],
+    *,
+    request_id: RequestId,
+    principal: Principal,
+    catalog: Catalog,
+) -> Call:
+    """Return the call that a request means. Raises ``InvalidRequest`` and its kin, saying which field and why."""
+    body = parse_body(raw)
+    model = find_model(body, catalog, principal)
+    _check_prompt(body, endpoint)
+    num_choices = _check_choices(body)
+    limit = _answer_limit(body, endpoint)
+    stream = _check_stream(body)
+    options = _own_options(body, headers)
+    # `priority` orders within a tenant and belongs to the scheduler; no engine may see it.
+    body.pop("priority", None)
+    traceparent = headers.get(b"traceparent")
+    return Call(
+        id=request_id,
+        endpoint=endpoint,
+        model=model.name,
+        context=CallContext(
+            tenant=principal.tenant,
+            end_user=options.get("end_user") or _end_user(body),
+            session=options.get("session"),
+            program=options.get("program"),
+            run=options.get("run"),
+            stage=options.get("stage"),
+        )
+        if options or "user" in body or "safety_identifier" in body
+        else CallContext(tenant=principal.tenant),
+        body=body,
+        stream=stream,
+        wants_usage=_wants_usage(body),
+        timeouts=_timeouts(options["timeouts"], model.timeouts) if "timeouts" in options else model.timeouts,
+        prompt_tokens_estimate=len(raw) // _BYTES_PER_TOKEN,
+        max_tokens=0 if endpoint is Endpoint.EMBEDDINGS else limit * num_choices,
+        fallbacks=_fallbacks(options["fallbacks"], catalog, principal)
+        if "fallbacks" in options
+        else tuple(name for name in model.fallbacks if principal.may_use(name)),
+        traceparent=traceparent.decode("ascii") if traceparent and _TRACEPARENT.fullmatch(traceparent) else None,
+    )
+
+
+def _is_visible(name: str, catalog: Catalog, principal: Principal) -> bool:
+    model = catalog.find(name)
+    return model is not None and principal.may_use(model.name)
+
+
+def _kind(value: object) -> str:
+    names: dict[type, str] = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+    return "null" if value is None else names.get(type(value), "an object")
+
+
+def _wrong(field: str, wanted: str, value: object) -> NoReturn:
+    raise InvalidRequest(f"`{field}` has to be {wanted}, not {_kind(value)}", param=field)
+
+
+def _check_prompt(body: Mapping[str, Any], endpoint: Endpoint) -> None:
+    field = _PROMPT_FIELD[endpoint]
+    prompt = body.get(field)
+    if field == "messages":
+        if not isinstance(prompt, list):
+            _wrong("messages", "an array of messages", prompt)
+        if not prompt:
+            raise InvalidRequest("`messages` has to hold at least one message", param="messages")
+        for index, message in enumerate(prompt):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise InvalidRequest(
+                    f"`messages[{index}]` has to be an object with a `role`", param=f"messages[{index}]"
+                )
+    elif prompt is None and endpoint is not Endpoint.RESPONSES:
+        raise InvalidRequest(f"`{field}` is missing", param=field)
+    elif not isinstance(prompt, str | list | None):
+        _wrong(field, "a string or an array", prompt)
+
+
+def _check_choices(body: Mapping[str, Any]) -> int:
+    num_choices = body.get("n")
+    if num_choices is None:
+        return 1
+    if type(num_choices) is not int:
+        _wrong("n", "a whole number", num_choices)
+    if not 1 <= num_choices <= _MAX_CHOICES:
+        raise InvalidRequest(f"`n` has to be between 1 and {_MAX_CHOICES}, not {num_choices}", param="n")
+    return int(num_choices)
+
+
+def _answer_limit(body: Mapping[str, Any], endpoint: Endpoint) -> int:
+    """Return the longest answer that the body allows; a guess where it sets no limit."""
+    for field in _LIMIT_FIELDS[endpoint]:
+        limit = body.get(field)
+        if limit is None:
+            continue
+        if type(limit) is not int:
+            _wrong(field, "a whole number", limit)
+        least = 0 if endpoint is Endpoint.COMPLETIONS else 1
+        if limit < least:
+            raise InvalidRequest(f"`{field}` has to be at least {least}, not {limit}", param=field)
+        return int(limit)
+    return _DEFAULT_ANSWER_TOKENS
+
+
+def _check_stream(body: Mapping[str, Any]) -> bool:
+    stream = body.get("stream")
+    if stream is None or isinstance(stream, bool):
+        return bool(stream)
+    _wrong("stream", "true or false", stream)
+
+
+def _wants_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        _wrong("stream_options", "an object", options)
+    return options.get("include_usage") is True
+
+
+def _end_user(body: Mapping[str, Any]) -> str | None:
+    user = body.get("safety_identifier") or body.get("user")
+    return user[:128] if isinstance(user, str) else None
+
+
+def _own_options(body: dict[str, Any], headers: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """Take Forebay's own options out of the body and the headers; the body wins."""
+    options: dict[str, Any] = {}
+    for name, value in headers.items():
+        if name.startswith(_HEADER_PREFIX):
+            _take_header(options, name[len(_HEADER_PREFIX) :].decode("latin-1").replace("-", "_"), value)
+    if "forebay" in body:
+        own = body.pop("forebay")
+        if not isinstance(own, dict):
+            _wrong("forebay", "an object", own)
+        options.update(own)
+    for key, value in options.items():
+        _check_option(key, value)
+    return options
+
+
+def _take_header(options: dict[str, Any], key: str, value: bytes) -> None:
+    text = value.decode("latin-1").strip()
+    if key == "fallbacks":
+        options[key] = [part.strip() for part in text.split(",") if part.strip()]
+    elif key == "timeouts":
+        options[key] = dict(_timeout_pair(part) for part in text.split(",") if part.strip())
+    else:
+        options[key] = text
+
+
+def _timeout_pair(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError:
+        raise InvalidRequest(
+            "the header `x-forebay-timeouts` has to look like 'first_token=20,total=60'", param="x-forebay-timeouts"
+        ) from None
+
+
+def _check_option(key: str, value: Any) -> None:
+    param = f"forebay.{key}"
+    if key in _PLANNED:
+        raise UnsupportedParameter(f"`{param}` is not available in this version", param=param)
+    if key not in _BUILT:
+        near = difflib.get_close_matches(key, _BUILT, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(_BUILT)}"
+        raise UnsupportedParameter(f"`{param}` is unknown; {hint}", param=param)
+    if key in _LABELS and not (isinstance(value, str) and 0 < len(value) <= 128):
+        raise InvalidRequest(f"`{param}` has to be a string of 1 to 128 characters", param=param)
+
+
+def _timeouts(given: Any, model: Timeouts) -> Timeouts:
+    """Return the request's deadlines: never longer than the model's ``total``."""
+    if not isinstance(given, dict):
+        _wrong("forebay.timeouts", "an object", given)
+    chosen: dict[str, float] = {}
+    for name, value in given.items():
+        param = f"forebay.timeouts.{name}"
+        if name not in _TIMEOUTS:
+            raise UnsupportedParameter(f"`{param}` is unknown; known are {', '.join(_TIMEOUTS)}", param=param)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise InvalidRequest(f"`{param}` has to be a positive number of seconds", param=param)
+        chosen[name] = min(float(value), model.total)
+    return msgspec.structs.replace(model, **chosen)
+
+
+def _fallbacks(given: Any, catalog: Catalog, principal: Principal) -> tuple[ModelName, ...]:
+    if not isinstance(given, list) or len(given) > 8:
+        raise InvalidRequest("`forebay.fallbacks` has to be an array of at most 8 models", param="forebay.fallbacks")
+    return tuple(find_model({"model": name}, catalog, principal).name for name in given)

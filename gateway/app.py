@@ -1,0 +1,196 @@
+"""The two ports: the applications that listen on them, and the life of the process around them."""
+
+import asyncio
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from gateway.api.admin import admin_routes
+from gateway.api.common import WithRequestId, speak_our_errors
+from gateway.api.data import AsgiApp, DataPlane
+from gateway.api.document import describe
+from gateway.api.health import health_routes
+from gateway.api.models import model_routes
+from gateway.connection import Connection, close_late
+from gateway.services import Services, open_services
+from gateway.settings import Settings, environment
+from gateway.telemetry import set_up_logging
+
+_log = structlog.get_logger(__name__)
+
+_BACKLOG = 2048
+_SWEEP_INTERVAL_S = 1.0
+_WANTED_FILES = 65_536
+_GRACE_S = 0.2  # what is written last is given this long to leave the machine
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """The gateway listens, and every worker has been told to start."""
+
+    data_url: str
+    admin_url: str
+    services: Services
+
+
+async def serve(settings: Settings, *, on_ready: Callable[[Ready], Any]) -> None:
+    """Run the gateway until SIGTERM or SIGINT, then drain: no new requests, the running ones to their end.
+
+    ``on_ready`` is called once both ports listen. Raises ``SettingsError`` or ``OSError`` (a port in use).
+    """
+    set_up_logging(settings.log)
+    _raise_file_limit()
+    with (
+        _listening(settings.server.host, settings.server.port) as data_socket,
+        _listening(settings.admin.host, settings.admin.port) as admin_socket,
+    ):
+        async with open_services(settings, environment()) as services:
+            data = _Port(data_app(services), settings)
+            admin = _Port(admin_app(services), settings)
+            stop = _stop_signal()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(data.serve(data_socket))
+                tasks.create_task(admin.serve(admin_socket))
+                sweeper = tasks.create_task(_sweep((data, admin), settings))
+                on_ready(Ready(_url(data_socket), _url(admin_socket), services))
+                await stop.wait()
+                await _drain(services, settings)
+                data.stop()
+                admin.stop()
+                sweeper.cancel()
+    _log.info("gateway_stopped")
+
+
+def data_app(services: Services) -> DataPlane:
+    """Return the application of the data port."""
+    app = FastAPI(title="Forebay", version=version("forebay-server"), redoc_url=None)
+    app.include_router(health_routes(services))
+    app.include_router(model_routes(services))
+    speak_our_errors(app)
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    return DataPlane(
+        settings=services.settings.server,
+        keys=services.keys,
+        catalog=services.catalog,
+        chat=services.chat,
+        clock=services.clock,
+        metrics=services.metrics,
+        request_log=services.request_log,
+        others=WithRequestId(app),
+    )
+
+
+def admin_app(services: Services) -> WithRequestId:
+    """Return the application of the admin port."""
+    app = FastAPI(title="Forebay admin", version=version("forebay-server"), redoc_url=None)
+    app.include_router(health_routes(services))
+    app.include_router(admin_routes(services))
+    speak_our_errors(app)
+    return WithRequestId(app)
+
+
+class _Port:
+    """One listening uvicorn, started and stopped by us rather than by signals."""
+
+    def __init__(self, app: AsgiApp, settings: Settings) -> None:
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=int(settings.server.keep_alive),
+            timeout_graceful_shutdown=1,
+            backlog=_BACKLOG,
+        )
+        self.server = uvicorn.Server(config)
+
+    async def serve(self, listener: socket.socket) -> None:
+        # Not serve(): that takes the process's signals, which two servers cannot share.
+        await self.server._serve([listener])
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+
+    @property
+    def connections(self) -> set[Any]:
+        return self.server.server_state.connections
+
+
+async def _sweep(ports: tuple[_Port, ...], settings: Settings) -> None:
+    """Close connections whose request does not arrive."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(_SWEEP_INTERVAL_S)
+        for port in ports:
+            close_late(
+                port.connections,
+                loop.time(),
+                header_timeout=settings.server.header_timeout,
+                body_timeout=settings.server.body_timeout,
+            )
+
+
+async def _drain(services: Services, settings: Settings) -> None:
+    """Refuse new requests, then wait for those under way."""
+    services.chat.drain()
+    _log.info("gateway_draining", num_open=services.chat.num_open, at_most_s=settings.server.drain_timeout)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(settings.server.drain_timeout):
+            await services.dispatcher.emptied()
+    await asyncio.sleep(_GRACE_S)
+
+
+def _stop_signal() -> asyncio.Event:
+    """Return the event that SIGTERM and SIGINT set. A second signal ends the process as it usually would."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Bind before anything is started, so that a port in use costs nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.set_inheritable(False)
+        yield listener
+    finally:
+        listener.close()
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
+
+
+def _raise_file_limit() -> None:
+    """Ten thousand clients need ten thousand files; the usual soft limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(_WANTED_FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,39 @@
+"""The ``forebay`` command: one module per group of verbs, joined here."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+from gateway.cli.config import check, init
+from gateway.cli.demo import demo
+from gateway.cli.doctor import doctor
+from gateway.cli.fetch import fetch
+from gateway.cli.keys import keys
+from gateway.cli.run import run
+from gateway.cli.serve import serve
+from gateway.cli.workers import workers
+
+_EPILOG = "Start with `forebay run`. Each command has its own --help with an example."
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Forebay: a gateway and cache layer in front of large language models."""
+
+
+@click.command(name="version")
+def show_version() -> None:
+    """Print the version.
+
+    \b
+    Example:
+      forebay version
+    """
+    try:
+        click.echo(f"forebay {version('forebay-server')}")
+    except PackageNotFoundError:
+        click.echo("forebay (run from its source folder, not installed)")
+
+
+for command in (run, serve, init, check, doctor, fetch, keys, workers, demo, show_version):
+    main.add_command(command)

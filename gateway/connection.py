@@ -1,0 +1,123 @@
+"""A client's connection: uvicorn's protocol, which here also tells when the client has gone and bounds its headers."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+EXTENSION = "forebay.connection"
+MAX_HEADER_BYTES = 64 * 1024
+
+if TYPE_CHECKING:
+    from uvicorn.config import Config
+    from uvicorn.server import ServerState
+
+
+class Connection(HttpToolsProtocol):
+    """One connection of the data or admin port; found in ``scope["extensions"]`` under ``EXTENSION``.
+
+    Why not ASGI's ``http.disconnect``: hearing it takes a task per request, and none may be lost to middleware.
+    """
+
+    def __init__(
+        self,
+        config: "Config",
+        server_state: "ServerState",
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._on_gone: Callable[[], None] | None = None
+        self._num_header_bytes = 0
+        self._head_since: float | None = self.loop.time()
+        self._body_since: float | None = None
+        self._has_begun = False
+
+    def watch(self, on_gone: Callable[[], None]) -> None:
+        """Call ``on_gone`` once if the client closes its connection from now on."""
+        self._on_gone = on_gone
+        self.flow.resume_reading()  # a big body may have paused it; without reading, a close goes unnoticed
+        if self.transport.is_closing():
+            self.loop.call_soon(self._tell)
+
+    def unwatch(self) -> None:
+        """The request is over: the connection's end is of no interest to it."""
+        self._on_gone = None
+
+    def abort(self) -> None:
+        """Close at once and throw away what has not been sent."""
+        self.transport.abort()
+
+    def close_if_late(self, now: float, header_timeout: float, body_timeout: float) -> None:
+        """Close a connection whose request does not get complete; one that has begun a request is told why."""
+        if self._head_since is not None and now - self._head_since > header_timeout:
+            if self._has_begun:
+                self._refuse(408, "request_timeout", f"the headers were not complete within {header_timeout:g} s")
+            else:
+                self.transport.close()
+        elif self._body_since is not None and now - self._body_since > body_timeout:
+            self._refuse(408, "request_timeout", f"the body was not complete within {body_timeout:g} s")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell whoever watches, then do what uvicorn does."""
+        super().connection_lost(exc)
+        self._tell()
+
+    def on_message_begin(self) -> None:
+        """Start the clock for the headers."""
+        super().on_message_begin()
+        self._has_begun = True
+        self._num_header_bytes = 0
+        self._head_since = self.loop.time()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, unless there are too many bytes of them."""
+        self._num_header_bytes += len(name) + len(value)
+        if self._num_header_bytes > MAX_HEADER_BYTES:
+            raise ValueError("headers too large")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Put the connection where handlers find it."""
+        self._head_since = None
+        self._body_since = self.loop.time()
+        self.scope["extensions"] = {EXTENSION: self}  # type: ignore[dict-item]
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Stop the clock: the request is whole."""
+        self._body_since = None
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, or too much of it, in the envelope that clients read."""
+        if self._num_header_bytes > MAX_HEADER_BYTES:
+            self._refuse(431, "headers_too_large", f"the headers have more than {MAX_HEADER_BYTES} bytes")
+        else:
+            self._refuse(400, "invalid_http", msg)
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """Answer for the application, which has not seen the request whole, and close."""
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+        body = msgspec.json.encode({"error": error})
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        self.transport.close()
+
+    def _tell(self) -> None:
+        on_gone, self._on_gone = self._on_gone, None
+        if on_gone is not None:
+            on_gone()
+
+
+def close_late(connections: Iterable[Any], now: float, *, header_timeout: float, body_timeout: float) -> None:
+    """Close every connection whose client does not get on with its request. ``now`` is the loop's time."""
+    for connection in tuple(connections):
+        if isinstance(connection, Connection):
+            connection.close_if_late(now, header_timeout, body_timeout)
