@@ -1,6 +1,7 @@
 """The real gateway in a process of its own, for end-to-end tests."""
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -174,28 +175,25 @@ class GatewayProcess:
     async def aclose(self) -> None:
         """Stop it: SIGTERM, and SIGKILL to everything of it that is left. Harmless where it does not run."""
         try:
-            if self._process is not None and self.returncode is None:
-                below = self.descendants()
-                self.terminate()
-                try:
-                    await self.wait(self._stop_timeout_s)
-                finally:
-                    _end(below)
-        except GatewayFailedError:
-            os.killpg(self.pid, signal.SIGKILL)
-            self._running.wait()
-            raise
+            if self._process is not None:
+                await self._stop(self._process)
         finally:
             if self._scratch is not None:
                 self._scratch.cleanup()
 
-
-def _end(processes: list[psutil.Process]) -> None:
-    for process in processes:
+    async def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        below = self.descendants()
         try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+            if process.poll() is None:
+                process.terminate()
+                await self.wait(self._stop_timeout_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            for left in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+            process.wait()
 
 
 def free_ports(count: int) -> list[int]:

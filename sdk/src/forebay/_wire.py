@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from ipaddress import ip_address
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
@@ -82,7 +83,7 @@ def endpoint(base_url: str, api_key: str | None) -> Endpoint:
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"base_url has to be an http(s) address, not {base_url!r}")
     key = api_key or os.environ.get("FOREBAY_API_KEY")
-    headers = {"user-agent": "forebay-python/0.1.0", "accept": "application/json"}
+    headers = {"user-agent": f"forebay-python/{version('forebay')}", "accept": "application/json"}
     if key:
         headers["authorization"] = f"Bearer {key}"
     return Endpoint(url, headers, use_proxies=not _is_loopback(url.host))
