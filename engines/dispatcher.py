@@ -101,9 +101,9 @@ class Dispatcher:
         was_cancelled = isinstance(error, asyncio.CancelledError)
         await self._tasks.__aexit__(*((kind, error, trace) if was_cancelled else (None, None, None)))
 
-    def submit(self, call: Call) -> Run:
-        """Queue the call and return at once; see ``Completer.submit``."""
-        run = Run(call, self._clock, self._close)
+    def submit(self, call: Call, *, inline: bool = False) -> Run:
+        """Queue the call and return at once; see ``Completer.submit``, and ``Run`` for ``inline``."""
+        run = Run(call, self._clock, on_close=self._close, drive=self._run_leg, is_inline=inline)
         self._runs[call.id] = run
         self._feed(
             Submit(
@@ -166,14 +166,22 @@ class Dispatcher:
         now = self._clock.monotonic()
         run.leg_started_at = run.progress_at = now
         run.queue_s += now - run.queued_at
+        if run.is_inline:
+            run.start_inline(start)
+            return
         run.task = self._tasks.create_task(self._run_leg(run, start))
-        # A task that is cancelled before its first step never runs: only its callback is sure to.
+        # A task that is cancelled before its first step never runs, and never closes its own books.
         run.task.add_done_callback(lambda _: self._leg_done(run, start))
 
     def _abort(self, abort: Abort) -> None:
         run = self._runs.get(RequestId(abort.leg.rpartition("/")[0]))
-        if run is not None and run.task is not None:
+        if run is None or run.leg is None:
+            return
+        if run.task is not None:
             run.task.cancel()
+        else:  # its driver has not come to it yet
+            run.pending = None
+            self._leg_done(run, run.leg)
 
     def _reject(self, reject: Reject) -> None:
         run = self._runs.get(reject.request)
@@ -214,6 +222,8 @@ class Dispatcher:
             run.cause = cause_of(error)
             run.retry_after = error.retry_after
         except asyncio.CancelledError:
+            if run.is_inline and (task := asyncio.current_task()) is not None:
+                task.uncancel()  # it was the leg that was meant, not the reader whose task it runs in
             run.cause = "aborted" if run.leg_error is None else "timed_out"
             if driver is not None:
                 await driver.settle(self._scheduler.num_running(start.worker) - 1)
@@ -221,9 +231,12 @@ class Dispatcher:
             _log.exception("leg_failed", request_id=call.id, worker_id=start.worker)
             run.leg_error = InternalError(f"an internal error; the log tells more under {call.id}")
             run.cause = "broken"
+        self._leg_done(run, start)
 
     def _leg_done(self, run: Run, start: Start) -> None:
-        """Close the books of a leg, however it ended. Every started leg comes by here exactly once."""
+        """Close the books of a leg, however it ended. Only the first time counts."""
+        if run.leg is not start:
+            return
         run.leg = None
         run.task = None
         now = self._clock.monotonic()

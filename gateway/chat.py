@@ -13,11 +13,14 @@ class ChatService:
         self._dispatcher = dispatcher
         self._is_draining = False
 
-    def submit(self, call: Call) -> Run:
-        """Queue the call; see ``Completer.submit``. Raises ``Draining`` once the server is shutting down."""
+    def submit(self, call: Call, *, inline: bool = False) -> Run:
+        """Queue the call; see ``Completer.submit``, and ``Run`` for ``inline``.
+
+        Raises ``Draining`` once the server is shutting down.
+        """
         if self._is_draining:
             raise Draining("the server is shutting down; try another one", retry_after=1.0)
-        return self._dispatcher.submit(call)
+        return self._dispatcher.submit(call, inline=inline)
 
     def drain(self) -> None:
         """Take no more calls; those under way go on."""

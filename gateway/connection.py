@@ -16,6 +16,58 @@ if TYPE_CHECKING:
     from uvicorn.server import ServerState
 
 
+class Corked:
+    """A transport that can hold writes back for a moment, so that what belongs together leaves in one system call."""
+
+    __slots__ = ("_held", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held: list[bytes] | None = None
+
+    def cork(self) -> None:
+        """Hold what is written until ``uncork``."""
+        self._held = []
+
+    def uncork(self) -> None:
+        """Write what was held."""
+        held, self._held = self._held, None
+        if held:
+            self._transport.write(b"".join(held))
+
+    def write(self, data: bytes) -> None:
+        """Write, or hold."""
+        if self._held is None:
+            self._transport.write(data)
+        else:
+            self._held.append(data)
+
+    def close(self) -> None:
+        """Write what is held, then close."""
+        self.uncork()
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close at once and throw away what has not been sent."""
+        self._transport.abort()
+
+    def is_closing(self) -> bool:
+        """Whether it is closed or about to be."""
+        return self._transport.is_closing()
+
+    def pause_reading(self) -> None:
+        """See ``asyncio.Transport``."""
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """See ``asyncio.Transport``."""
+        self._transport.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """See ``asyncio.Transport``."""
+        return self._transport.get_extra_info(name, default)
+
+
 class Connection(HttpToolsProtocol):
     """One connection of the data or admin port; found in ``scope["extensions"]`` under ``EXTENSION``.
 
@@ -35,6 +87,18 @@ class Connection(HttpToolsProtocol):
         self._head_since: float | None = self.loop.time()
         self._body_since: float | None = None
         self._has_begun = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin, with a transport that can be corked."""
+        self.corked = Corked(transport)
+        super().connection_made(self.corked)  # type: ignore[arg-type] # all of a transport that uvicorn uses
+
+    def try_write(self, frames: bytes) -> bool:
+        """Write a piece of a streamed answer that has begun; False, and nothing written, if the client lags."""
+        if self.flow.write_paused or self.corked.is_closing():
+            return False
+        self.corked.write(b"%x\r\n%b\r\n" % (len(frames), frames))
+        return True
 
     def watch(self, on_gone: Callable[[], None]) -> None:
         """Call ``on_gone`` once if the client closes its connection from now on."""

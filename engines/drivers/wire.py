@@ -1,8 +1,8 @@
 """HTTP to one engine: the only module that knows aiohttp's client, and translates its errors."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -35,13 +35,19 @@ class Wire:
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         self._base = base_url.rstrip("/").removesuffix("/v1")
-        headers = {"content-type": "application/json", "accept-encoding": "identity", "user-agent": "forebay"}
+        headers = {
+            "accept": "*/*",
+            "accept-encoding": "identity",
+            "content-type": "application/json",
+            "user-agent": "forebay",
+        }
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
-        self._headers = CIMultiDict(headers)
+        self._translated = _Translated(self._base)
         self._urls: dict[str, URL] = {path: self._url(path) for path in Endpoint}
         is_local = self._url("").host in {"127.0.0.1", "localhost", "::1"}
         self._session = aiohttp.ClientSession(
+            headers=headers,
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
@@ -61,7 +67,7 @@ class Wire:
         Raises ``UpstreamError`` for an error status, an error event, or a stream cut short, and ``WorkerLost``.
         """
         buffer = FrameBuffer()
-        with _translated(self._base):
+        with self._translated:
             async with self._post(path, call, body) as response:
                 if response.status != 200:
                     raise refusal(response.status, await response.read(), response.headers.get("retry-after"))
@@ -87,7 +93,7 @@ class Wire:
 
     async def whole(self, path: str, call: Call, body: bytes) -> Chunk:
         """Post the call and return its answer, metered. Raises like ``stream``."""
-        with _translated(self._base):
+        with self._translated:
             async with self._post(path, call, body) as response:
                 answer = await response.read()
                 if response.status != 200:
@@ -99,8 +105,7 @@ class Wire:
         return Chunk(answer, usage.completion_tokens if usage is not None else 0, usage)
 
     def _post(self, path: str, call: Call, body: bytes) -> Any:
-        headers = self._headers.copy()
-        headers["x-request-id"] = call.id
+        headers = CIMultiDict({"x-request-id": call.id})
         if call.traceparent is not None:
             headers["traceparent"] = call.traceparent
         return self._session.post(self._urls.get(path) or self._url(path), data=body, headers=headers,
@@ -121,9 +126,9 @@ class Wire:
         method = "GET" if body is None else "POST"
         data = None if body is None else msgspec.json.encode(body)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        with _translated(self._base):
+        with self._translated:
             async with self._session.request(
-                method, self._url(path), data=data, headers=self._headers, timeout=timeout, allow_redirects=False
+                method, self._url(path), data=data, timeout=timeout, allow_redirects=False
             ) as response:
                 return response.status, await response.read()
 
@@ -140,19 +145,30 @@ async def _finish(response: aiohttp.ClientResponse) -> None:
                 pass
 
 
-@contextmanager
-def _translated(base: str) -> Iterator[None]:
-    """Turn aiohttp's errors into ours; the most specific comes first."""
-    try:
-        yield
-    except aiohttp.ConnectionTimeoutError as error:
-        raise ConnectTimeout(f"the worker at {base} did not accept a connection in time") from error
-    except aiohttp.ClientConnectorError as error:
-        raise WorkerUnreachable(f"the worker at {base} cannot be reached") from error
-    except (aiohttp.ClientError, ConnectionError) as error:
-        raise WorkerLost(f"the worker at {base} broke the connection") from error
-    except TimeoutError as error:
-        raise WorkerLost(f"the worker at {base} did not answer in time") from error
+class _Translated:
+    """A context in which aiohttp's errors become ours; the most specific comes first."""
+
+    __slots__ = ("_base",)
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+
+    def __enter__(self) -> None:
+        """Enter; nothing happens."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raise what the error means to a caller; errors of other kinds pass."""
+        match error:
+            case None | ForebayError():
+                return
+            case aiohttp.ConnectionTimeoutError():
+                raise ConnectTimeout(f"the worker at {self._base} did not accept a connection in time") from error
+            case aiohttp.ClientConnectorError():
+                raise WorkerUnreachable(f"the worker at {self._base} cannot be reached") from error
+            case aiohttp.ClientError() | ConnectionError():
+                raise WorkerLost(f"the worker at {self._base} broke the connection") from error
+            case TimeoutError():
+                raise WorkerLost(f"the worker at {self._base} did not answer in time") from error
 
 
 def _described(body: bytes) -> dict[str, Any]:

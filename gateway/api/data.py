@@ -173,7 +173,7 @@ class DataPlane:
             raise ConnectionLimit(
                 f"{self._settings.max_tenant_streams} answers are open for this tenant already", retry_after=1.0
             )
-        exchange.run = run = self._chat.submit(call)
+        exchange.run = run = self._chat.submit(call, inline=not call.stream)
         self._num_open[principal.tenant] += 1
         run.reader = exchange.task = asyncio.current_task()
         exchange.connection.watch(exchange.leave)
@@ -201,8 +201,10 @@ class DataPlane:
 
     def _answer_headers(self, served: Served, exchange: _Exchange, now: float) -> list[tuple[bytes, bytes]]:
         overhead_s = now - exchange.started_at - served.queue_s - served.engine_s
+        request_id = exchange.id.encode()
         return [
-            (b"x-request-id", exchange.id.encode()),
+            (b"x-request-id", request_id),
+            (b"request-id", request_id),  # where Anthropic's client looks
             (b"x-forebay-model", served.model.encode()),
             (b"x-forebay-worker", served.worker.encode()),
             (b"x-forebay-attempts", b"%d" % served.attempts),
@@ -214,17 +216,24 @@ class DataPlane:
         body = b"".join(run.journal.frames)
         headers = self._answer_headers(served, exchange, now)
         headers += (_JSON, _CACHE, (b"content-length", b"%d" % len(body)))
+        corked = exchange.connection.corked
+        corked.cork()
         await exchange.send({"type": "http.response.start", "status": 200, "headers": headers})
         await exchange.send({"type": "http.response.body", "body": body})
+        corked.uncork()
 
     async def _send_stream(self, run: Run, served: Served, exchange: _Exchange, now: float) -> None:
         send = exchange.send
         headers = self._answer_headers(served, exchange, now)
         headers += _STREAM
+        corked = exchange.connection.corked
+        corked.cork()
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        run.sink = exchange.connection.try_write
         try:
             async for piece in run.chunks():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
+                corked.uncork()
         except ForebayError as error:
             # The status line has been sent: the error goes into the stream, and ends it.
             exchange.error = error
@@ -242,12 +251,11 @@ class DataPlane:
         body = msgspec.json.encode(body_of(error, endpoint, exchange.id))
         headers = [
             (b"x-request-id", exchange.id.encode()),
+            (b"request-id", exchange.id.encode()),
             _JSON,
             (b"content-length", b"%d" % len(body)),
             *headers_of(error),
         ]
-        if endpoint is Endpoint.MESSAGES:
-            headers.append((b"request-id", exchange.id.encode()))
         if not exchange.has_body:
             headers.append((b"connection", b"close"))  # what may still come of the body is nobody's request
         await exchange.send({"type": "http.response.start", "status": exchange.status, "headers": headers})

@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -86,6 +88,17 @@ def _write_once(path: Path, text: str) -> None:
             os.link(draft, path)
     finally:
         draft.unlink()
+
+
+def program() -> str:
+    """Return how to call this command from the present folder: ``forebay``, or a path where that is not on PATH."""
+    called = Path(sys.argv[0])
+    if called.name != "forebay":
+        return "forebay"
+    found = shutil.which("forebay")
+    if found is not None and Path(found).resolve() == called.resolve():
+        return "forebay"
+    return os.path.relpath(called) if called.is_absolute() and called.is_relative_to(Path.cwd()) else str(called)
 
 
 def human_bytes(count: float) -> str:

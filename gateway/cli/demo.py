@@ -20,7 +20,7 @@ import aiohttp
 import click
 
 from gateway.auth import new_key
-from gateway.cli.common import Fault, new_admin_key
+from gateway.cli.common import Fault, new_admin_key, program
 from gateway.cli.fetching import fetch_model
 from gateway.settings import environment
 
@@ -119,7 +119,7 @@ async def _tour(model: Path) -> None:
                 async with _bare(model, Path(folder)) as bare:
                     await chapter(bare, gateway, admin)
                 click.echo("")
-    click.echo(f"That was the tour, in {time.monotonic() - started:.0f} s. Now yours: forebay run")
+    click.echo(f"That was the tour, in {time.monotonic() - started:.0f} s. Now yours: {program()} run")
 
 
 def _compare(before: str, after: str) -> None:
@@ -188,7 +188,7 @@ def _terminate_process(pid: int) -> Awaitable[object]:
 
 async def _burst_and(server: Server, act: Callable[[], Awaitable[object]]) -> int:
     """Send a burst of plain requests, act while they are in flight, and return how many were answered."""
-    asked = [asyncio.create_task(server.answers(f"Count from {n}.", max_tokens=24)) for n in range(_BURST)]
+    asked = [asyncio.create_task(server.answers(f"Count from {n}.", max_tokens=48)) for n in range(_BURST)]
     await asyncio.sleep(0.7)
     await act()
     return sum(await asyncio.gather(*asked))

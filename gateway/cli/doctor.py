@@ -16,7 +16,7 @@ import click
 import msgspec
 
 from gateway.cli import ports
-from gateway.cli.common import ADMIN_PORT, CANNOT_RUN, DATA_PORT, cache_dir, human_bytes, state_dir
+from gateway.cli.common import ADMIN_PORT, CANNOT_RUN, DATA_PORT, cache_dir, human_bytes, program, state_dir
 from gateway.cli.machine import Gpu, advise, gpus, num_cores, ram_gib
 from gateway.settings import environment
 
@@ -80,7 +80,7 @@ def examine(env: Mapping[str, str]) -> Iterator[Finding]:
     yield _llamacpp()
     yield _vllm(found)
     advice = advise(memory_gib=ram_gib(), cores=num_cores(), found=found)
-    yield Finding("good model", "ok", advice.reason, advice.command)
+    yield Finding("good model", "ok", advice.reason, f"{program()} {advice.arguments}")
 
 
 def _python() -> Finding:

@@ -21,10 +21,10 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Advice(msgspec.Struct, frozen=True):
-    """A model that fits, why, and the command that runs it."""
+    """A model that fits, why, and what to tell ``forebay`` to run it."""
 
     reason: str
-    command: str
+    arguments: str
 
 
 def num_cores() -> int:
@@ -103,12 +103,12 @@ def advise(*, memory_gib: float, cores: int, found: list[Gpu]) -> Advice:
         if best is not None and best.memory_gib >= needed:
             return Advice(
                 reason=f"your {best.name} has {best.memory_gib:.0f} GiB",
-                command=f"forebay run {model} --engine vllm",
+                arguments=f"run {model} --engine vllm",
             )
     for needed_ram, needed_cores, repository, size in _CPU_MODELS:
         if memory_gib >= needed_ram and cores >= needed_cores:
             return Advice(
                 reason=f"fits {memory_gib:.0f} GiB of RAM and {cores} cores; downloads {size} once",
-                command=f"forebay run {repository}",
+                arguments=f"run {repository}",
             )
     raise AssertionError("the last row of the table asks for nothing")

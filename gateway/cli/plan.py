@@ -30,7 +30,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 def model_name(source: str) -> str:
     """Return a short lower-case name for a source: a file's, or a repository's, without its quantisation."""
-    tail = re.split(r"==", source.removeprefix("pypi:"))[0].rstrip("/").rsplit("/", 1)[-1]
+    tail = re.split(r"==", source.removeprefix("pypi:"))[0].rstrip("/").rsplit("/", 1)[-1].split(":")[0]
     tail = re.sub(r"\.gguf$", "", tail, flags=re.IGNORECASE)
     while shorter := _QUANTISATION.sub("", tail):
         if shorter == tail:

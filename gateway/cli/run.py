@@ -21,6 +21,7 @@ from gateway.cli.common import (
     SettingsFault,
     kept_key,
     new_admin_key,
+    program,
     state_dir,
 )
 from gateway.cli.doctor import find_vllm
@@ -164,7 +165,14 @@ def _serve(
     ensure_ports_free(settings)
 
     def text(ready: Ready) -> str:
-        return welcome(data_url=ready.data_url, admin_url=ready.admin_url, key=key, models=list(section), advice=advice)
+        return welcome(
+            data_url=ready.data_url,
+            admin_url=ready.admin_url,
+            key=key,
+            models=list(section),
+            advice=advice,
+            program=program(),
+        )
 
     fetched = with_local_sources(settings, env)
     click.echo(f"Starting {', '.join(list(section)[:8])} ...", err=True)

@@ -5,9 +5,7 @@ import json
 from gateway.cli.machine import Advice
 
 
-def welcome(
-    *, data_url: str, admin_url: str, key: str, models: list[str], advice: Advice | None, log_hint: str | None = None
-) -> str:
+def welcome(*, data_url: str, admin_url: str, key: str, models: list[str], advice: Advice | None, program: str) -> str:
     """Return the block: address, key, a curl line and five lines of Python that work when pasted, and what next.
 
     The lines to paste start in the first column: Python takes them in no other way.
@@ -17,17 +15,18 @@ def welcome(
     names = ", ".join(models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
     parts = [
         f"Forebay is ready.  {base}   model{'s' if len(models) > 1 else ''}: {names}\n"
-        f"Your key: {key}   (again: forebay keys show-local)\n"
-        f"Admin:    {admin_url}   (forebay workers ls)",
+        f"Your key: {key}   (again: {program} keys show-local)\n"
+        f"Admin:    {admin_url}   ({program} workers ls)",
         f"Try it:\n\n{curl_line(base, key, model)}",
         f"Or in Python, after `pip install openai`:\n\n{python_lines(base, key, model)}",
     ]
     if advice is not None:
         parts.append(
             "SmolLM2-135M is a toy to try the plumbing with: it talks nonsense.\n"
-            f"A good model for this machine ({advice.reason}):\n\n{advice.command}"
+            f"A good model for this machine ({advice.reason}):\n\n"
+            f"{program} {advice.arguments}"
         )
-    parts.append(f"{log_hint + '  ' if log_hint else ''}Ctrl-C stops it.")
+    parts.append("Ctrl-C stops it.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -27,7 +27,13 @@ WEATHER: ChatCompletionToolParam = {
     "function": {
         "name": "weather",
         "description": "Tell the weather of a town",
-        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"town": {"type": "string"}},
+            "required": ["town"],
+            "additionalProperties": False,
+        },
     },
 }
 

@@ -1,0 +1,159 @@
+"""Settings: what a file may say, and what is told of what it may not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.settings import Settings, SettingsError, load, parse
+
+WORKER: dict[str, Any] = {"engine": "openai", "url": "http://127.0.0.1:1/v1"}
+
+
+def settings_of(env: dict[str, str] | None = None, **sections: Any) -> Settings:
+    tree = {"models": {"small": {"workers": [WORKER]}}, **sections}
+    return parse(tree, env or {}, origin="test")
+
+
+def fault_of(env: dict[str, str] | None = None, **sections: Any) -> str:
+    with pytest.raises(SettingsError) as caught:
+        settings_of(env, **sections)
+    return str(caught.value)
+
+
+def launch(**keys: Any) -> dict[str, Any]:
+    return {"small": {"workers": [{"engine": "llamacpp", "launch": {"source": "smollm2", **keys}}]}}
+
+
+def test_one_model_is_enough_and_listens_on_loopback() -> None:
+    settings = settings_of()
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8411)
+    assert (settings.admin.host, settings.admin.port) == ("127.0.0.1", 8412)
+
+
+def test_no_model_is_a_fault() -> None:
+    assert "models" in fault_of(models={})
+
+
+def test_a_typo_names_its_place_and_the_key_that_was_meant() -> None:
+    message = fault_of(server={"prot": 1})
+    assert "unknown key `server.prot`" in message
+    assert "did you mean `port`?" in message
+
+
+def test_a_typo_in_a_worker_names_the_key_that_was_meant() -> None:
+    assert "did you mean `threads`?" in fault_of(models=launch(thread=1))
+
+
+def test_every_fault_is_told_at_once() -> None:
+    message = fault_of(server={"prot": 1}, queue={"size": 0})
+    assert "server.prot" in message
+    assert "queue.size" in message
+    assert all(line.startswith("test: ") for line in message.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("500ms", 0.5), ("30s", 30), ("2m", 120), ("1.5h", 5400), (7, 7), ("7", None), ("1w", None)]
+)
+def test_durations_have_units(written: object, meant: float | None) -> None:
+    if meant is None:
+        assert "timeouts.total" in fault_of(timeouts={"total": written})
+    else:
+        assert settings_of(timeouts={"total": written}).timeouts.total == pytest.approx(meant)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("32MiB", 32 * 2**20), ("10MB", 10_000_000), (4096, 4096), ("1.5kB", 1500), ("1 XB", None)]
+)
+def test_sizes_have_units(written: object, meant: int | None) -> None:
+    if meant is None:
+        assert "server.max_body" in fault_of(server={"max_body": written})
+    else:
+        assert settings_of(server={"max_body": written}).server.max_body == meant
+
+
+@pytest.mark.parametrize("value", [0, -1, "0s"])
+def test_a_deadline_is_positive(value: object) -> None:
+    assert "timeouts.queue" in fault_of(timeouts={"queue": value})
+
+
+def test_a_name_of_the_environment_is_filled_in() -> None:
+    settings = settings_of({"MY_HOST": "0.0.0.0"}, server={"host": "${MY_HOST}"})
+    assert settings.server.host == "0.0.0.0"
+
+
+def test_a_default_stands_in_for_a_name_that_is_not_set() -> None:
+    assert settings_of(server={"host": "${NOPE:-127.0.0.2}"}).server.host == "127.0.0.2"
+
+
+def test_a_name_that_is_not_set_is_a_fault_that_tells_its_place() -> None:
+    message = fault_of(server={"host": "${NOPE}"})
+    assert "server: host" in message
+    assert "NOPE is not set" in message
+
+
+def test_a_file_is_filled_in_without_its_last_newline(tmp_path: Path) -> None:
+    secret = tmp_path / "admin.key"
+    secret.write_text("fba_secret\n")
+    key = settings_of(admin_key=f"${{file:{secret}}}").admin_key
+    assert key is not None
+    assert key.get_secret_value() == "fba_secret"
+
+
+def test_a_file_that_is_missing_is_a_fault_that_names_it(tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in fault_of(admin_key=f"${{file:{tmp_path / 'none'}}}")
+
+
+def test_secrets_do_not_show_in_a_printed_settings_tree() -> None:
+    settings = settings_of(admin_key="fba_secret", keys=[{"name": "a", "tenant": "a", "key": "fbk_" + "s" * 40}])
+    assert "fba_secret" not in repr(settings)
+    assert "ssss" not in repr(settings)
+
+
+def test_a_key_needs_one_secret_long_enough_to_be_one() -> None:
+    short = {"name": "a", "tenant": "a", "key": "short"}
+    assert "forebay keys new" in fault_of(keys=[short])
+    assert "either `key` or `sha256`" in fault_of(keys=[{"name": "a", "tenant": "a"}])
+
+
+def test_a_key_may_name_only_models_that_exist() -> None:
+    key = {"name": "a", "tenant": "a", "sha256": "0" * 64, "models": ["smal"]}
+    assert "did you mean `small`?" in fault_of(keys=[key])
+
+
+def test_a_name_of_a_model_is_given_once() -> None:
+    models = {"small": {"workers": [WORKER]}, "other": {"aliases": ["small"], "workers": [WORKER]}}
+    assert "'small' is given more than once" in fault_of(models=models)
+
+
+def test_a_fallback_has_to_exist() -> None:
+    assert "no model is called 'larg'" in fault_of(models={"small": {"fallbacks": ["larg"], "workers": [WORKER]}})
+
+
+def test_a_worker_is_launched_or_attached_never_both_or_neither() -> None:
+    for worker in ({"engine": "llamacpp"}, {"engine": "llamacpp", "launch": {"source": "x"}, "url": "http://h"}):
+        assert "either `launch`" in fault_of(models={"small": {"workers": [worker]}})
+
+
+def test_a_file_that_is_not_yaml_is_told_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("models: [")
+    with pytest.raises(SettingsError, match=r"bad\.yaml is not valid YAML"):
+        load(path, {})
+
+
+def test_a_file_that_is_missing_leads_to_init(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="forebay init"):
+        load(tmp_path / "none.yaml", {})
+
+
+def test_a_file_with_a_list_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(SettingsError, match="mapping"):
+        load(path, {})
+
+
+def test_settings_cannot_be_changed_once_read() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        settings_of().version = 2  # type: ignore[assignment]
