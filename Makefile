@@ -77,13 +77,13 @@ $(BIN)/python:
 	  echo "$(PYTHON) cannot make an environment (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
 
 $(RUNTIME): requirements.txt pyproject.toml | $(BIN)/python
-	@echo "Installing Forebay into $(VENV): about 45 MB to download, half a minute to two."
+	@echo "Installing Forebay into $(VENV). The first time downloads about 45 MB: half a minute to two."
 	@$(PIP) --require-hashes -r requirements.txt
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(DEV): requirements-dev.txt sdk/pyproject.toml $(RUNTIME)
-	@echo "Installing the tools for developers into $(VENV): about 75 MB to download, one to three minutes."
+	@echo "Installing the tools for developers into $(VENV). The first time downloads about 60 MB: one to two minutes."
 	@$(PIP) --require-hashes -r requirements-dev.txt
 	@$(PIP) --no-deps --no-build-isolation -e . -e sdk
 	@touch $@

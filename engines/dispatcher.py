@@ -1,6 +1,7 @@
 """Owns the scheduler: feeds it events, carries out its effects, and runs every leg as a task of its own."""
 
 import asyncio
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -24,6 +25,7 @@ from core.errors import (
     QueueTimeout,
     TimedOut,
     TotalTimeout,
+    UpstreamBroken,
     UpstreamBusy,
     UpstreamRefused,
     WorkerLost,
@@ -103,6 +105,8 @@ class Dispatcher:
 
     def submit(self, call: Call, *, inline: bool = False) -> Run:
         """Queue the call and return at once; see ``Completer.submit``, and ``Run`` for ``inline``."""
+        if call.id in self._runs or self._scheduler.knows(call.id):  # clients may send one id twice; the books must not
+            call = msgspec.structs.replace(call, id=RequestId(f"{call.id}-{secrets.token_hex(4)}"))
         run = Run(call, self._clock, on_close=self._close, drive=self._run_leg, is_inline=inline)
         self._runs[call.id] = run
         self._feed(
@@ -160,6 +164,7 @@ class Dispatcher:
     def _start(self, start: Start) -> None:
         run = self._runs[start.request]
         run.leg = start
+        run.attempts = start.attempt
         run.cause = "aborted"
         run.leg_error = None
         run.retry_after = None
@@ -171,7 +176,7 @@ class Dispatcher:
             return
         run.task = self._tasks.create_task(self._run_leg(run, start))
         # A task that is cancelled before its first step never runs, and never closes its own books.
-        run.task.add_done_callback(lambda _: self._leg_done(run, start))
+        run.task.add_done_callback(lambda task: self._leg_done(run, start) if task.cancelled() else None)
 
     def _abort(self, abort: Abort) -> None:
         run = self._runs.get(RequestId(abort.leg.rpartition("/")[0]))
@@ -179,7 +184,7 @@ class Dispatcher:
             return
         if run.task is not None:
             run.task.cancel()
-        else:  # its driver has not come to it yet
+        elif run.pending is not None:  # its reader has not come to it yet; else it has been cut already, and settles
             run.pending = None
             self._leg_done(run, run.leg)
 
@@ -195,7 +200,8 @@ class Dispatcher:
             case "queue_full":
                 error = QueueFull(f"too many requests wait for {model!r}", retry_after=reject.retry_after)
             case "queue_timeout":
-                error = QueueTimeout(f"no worker of {model!r} became free within {run.call.timeouts.queue:g} s")
+                error = QueueTimeout(f"no worker of {model!r} became free within {run.call.timeouts.queue:g} s",
+                                     retry_after=reject.retry_after)  # fmt: skip
             case "no_healthy_worker":
                 error = NoHealthyWorker(f"no worker of {model!r} is running", retry_after=reject.retry_after)
             case _:
@@ -214,24 +220,48 @@ class Dispatcher:
             async with aclosing(driver.run(call)) as chunks:  # type: ignore[type-var] # drivers are generators
                 async for chunk in chunks:
                     self._take(run, start, chunk)
-                    if run.journal.num_undelivered_bytes > self._bounds.undelivered_bytes:
+                    # A whole answer is taken at its end: who waits for room in the middle of it waits for ever.
+                    if run.call.stream and run.journal.num_undelivered_bytes > self._bounds.undelivered_bytes:
                         await run.room()
+            if not run.has_first_byte:
+                raise UpstreamBroken("the engine's answer is empty", status=502)
             run.cause = "done"
         except ForebayError as error:
             run.leg_error = error
             run.cause = cause_of(error)
             run.retry_after = error.retry_after
         except asyncio.CancelledError:
+            run.cause = "aborted" if run.leg_error is None else "timed_out"
+            run.task = None
+            self._settle_apart(run, start, driver)
+            if run.leg_error is None and not run.journal.has_ended and not run.is_closed:
+                raise  # it was not us: an inline run's reader, or the whole dispatcher, is cancelled
             if run.is_inline and (task := asyncio.current_task()) is not None:
                 task.uncancel()  # it was the leg that was meant, not the reader whose task it runs in
-            run.cause = "aborted" if run.leg_error is None else "timed_out"
-            if driver is not None:
-                await driver.settle(self._scheduler.num_running(start.worker) - 1)
+            return
         except Exception:  # noqa: BLE001 - the border of a leg: one broken driver ends one request
             _log.exception("leg_failed", request_id=call.id, worker_id=start.worker)
             run.leg_error = InternalError(f"an internal error; the log tells more under {call.id}")
-            run.cause = "broken"
+            run.cause = "aborted"  # our fault: the worker is not to blame, and another one would not help
         self._leg_done(run, start)
+
+    def _settle_apart(self, run: Run, start: Start, driver: Driver | None) -> None:
+        """Hold the slot of a leg that was cut until its engine has let go, whatever becomes of the leg's own task."""
+        settling = self._settle(start, driver)
+        try:
+            task = self._tasks.create_task(settling)
+        except RuntimeError:  # the dispatcher has been left
+            settling.close()
+            self._leg_done(run, start)
+        else:
+            task.add_done_callback(lambda _: self._leg_done(run, start))
+
+    async def _settle(self, start: Start, driver: Driver | None) -> None:
+        try:
+            if driver is not None:
+                await driver.settle(self._scheduler.num_running(start.worker) - 1)
+        except Exception:  # noqa: BLE001 - an error here would end every other leg
+            _log.exception("settle_failed", leg=start.leg, worker_id=start.worker)
 
     def _leg_done(self, run: Run, start: Start) -> None:
         """Close the books of a leg, however it ended. Only the first time counts."""
@@ -243,7 +273,8 @@ class Dispatcher:
         run.queued_at = now
         if run.cause == "done":
             run.journal.complete()
-        self._feed(LegEnded(leg=start.leg, cause=run.cause, now=now, retry_after=run.retry_after))
+        cause: Cause = "hurried" if run.cause == "timed_out" and run.call.has_own_timeouts else run.cause
+        self._feed(LegEnded(leg=start.leg, cause=cause, now=now, retry_after=run.retry_after))
 
     def _take(self, run: Run, start: Start, chunk: Chunk) -> None:
         """Write what the engine sent into the journal."""
@@ -347,6 +378,6 @@ def cause_of(error: ForebayError) -> Cause:
         case WorkerLost():
             return "lost"
         case TimedOut():
-            return "unreachable"  # a connection that was not accepted in time
+            return "timed_out"  # a connection that was not accepted in time: waiting for it is an attempt
         case _:
             return "broken"

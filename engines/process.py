@@ -6,7 +6,7 @@ import re
 import socket
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import quote
@@ -43,28 +43,38 @@ class ProcessError(Exception):
 
 
 class Ports:
-    """Hands out loopback ports from ``first`` upward, in turn, so that one comes back only after ``count`` starts."""
+    """Hands out loopback ports from ``first`` upward, in turn, so that one comes back only after ``count`` starts.
+
+    An engine listens many seconds after it has been given its port; until then a name in the kernel's abstract
+    namespace, which goes with this process, keeps other gateways on the machine away (on Linux; elsewhere luck does).
+    """
 
     def __init__(self, first: int, count: int = 1000) -> None:
         self._first = first
         self._count = count
         self._next = 0
-        self._taken: set[int] = set()
+        self._claims: dict[int, socket.socket | None] = {}
 
     def take(self) -> int:
         """Return a port that nobody uses and that no closed connection lingers on. Raises ``ProcessError``."""
         for _ in range(self._count):
             port = self._first + self._next
             self._next = (self._next + 1) % self._count
-            if port not in self._taken and _can_bind(port, reuse=False):
-                self._taken.add(port)
-                return port
+            if port in self._claims or not _can_bind(port, reuse=False):
+                continue
+            try:
+                self._claims[port] = _claim(port)
+            except OSError:
+                continue  # another gateway's
+            return port
         last = self._first + self._count - 1
         raise ProcessError(f"no free port between {self._first} and {last}")
 
     def release(self, port: int) -> None:
         """Give a port back."""
-        self._taken.discard(port)
+        claim = self._claims.pop(port, None)
+        if claim is not None:
+            claim.close()
 
     async def wait_until_free(self, port: int) -> bool:
         """Wait until nobody listens on ``port``, some seconds at most; False if somebody still does then."""
@@ -73,6 +83,19 @@ class Ports:
                 return True
             await asyncio.sleep(0.05)
         return False
+
+
+def _claim(port: int) -> socket.socket | None:
+    """Return what says on this machine that the port is ours; raise ``OSError`` if another gateway has said so."""
+    if sys.platform != "linux":
+        return None
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        claim.bind(f"\0forebay-worker-port-{port}")
+    except OSError:
+        claim.close()
+        raise
+    return claim
 
 
 def _can_bind(port: int, *, reuse: bool) -> bool:
@@ -212,11 +235,17 @@ class Process:
 
     def _ask_to_exit(self) -> None:
         # A line and no signal: asyncio's send_signal may reap a guard that just exited, and its status is lost.
-        _pipe_to(self._guard).write(b"term\n")
+        self._tell(b"term\n")
 
     def _kill(self) -> None:
         # Not SIGKILL to the guard: it would die without having killed what left the worker's group.
-        _pipe_to(self._guard).write(b"kill\n")
+        self._tell(b"kill\n")
+
+    def _tell(self, word: bytes) -> None:
+        pipe = _pipe_to(self._guard)
+        if not pipe.is_closing():  # a guard that has just exited has closed it, and uvloop minds
+            with suppress(RuntimeError, OSError):
+                pipe.write(word)
 
 
 async def _start_guard(log: WorkerLog, header: str, env: Mapping[str, str]) -> asyncio.subprocess.Process:

@@ -29,6 +29,7 @@ class Run:
         "_room",
         "_waiter",
         "arrived_at",
+        "attempts",
         "cause",
         "has_first_byte",
         "is_inline",
@@ -74,6 +75,7 @@ class Run:
         self.arrived_at = now
         self.queued_at = now
         self.queue_s = 0.0
+        self.attempts = 0
         self.lags_since = now
         self.reader: asyncio.Task[None] | None = None
         self.served: Served | None = None
@@ -87,6 +89,11 @@ class Run:
         self.cause: Cause = "aborted"
         self.leg_error: ForebayError | None = None
         self.retry_after: float | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody wants the answer any more."""
+        return self._is_closed
 
     def start_inline(self, start: Start) -> None:
         """Leave a leg to whoever awaits ``first_byte``."""

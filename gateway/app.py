@@ -1,6 +1,7 @@
 """The two ports: the applications that listen on them, and the life of the process around them."""
 
 import asyncio
+import gc
 import resource
 import signal
 import socket
@@ -30,6 +31,7 @@ _log = structlog.get_logger(__name__)
 _BACKLOG = 2048
 _SWEEP_INTERVAL_S = 1.0
 _WANTED_FILES = 65_536
+_COLLECT_AFTER = 20_000  # new objects; Python's own choice is 700
 _GRACE_S = 0.2  # what is written last is given this long to leave the machine
 
 
@@ -60,6 +62,7 @@ async def serve(settings: Settings, *, on_ready: Callable[[Ready], Any]) -> None
                 tasks.create_task(data.serve(data_socket))
                 tasks.create_task(admin.serve(admin_socket))
                 sweeper = tasks.create_task(_sweep((data, admin), settings))
+                _spare_the_collector()
                 on_ready(Ready(_url(data_socket), _url(admin_socket), services))
                 await stop.wait()
                 await _drain(services, settings)
@@ -186,6 +189,17 @@ def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}"
+
+
+def _spare_the_collector() -> None:
+    """Take what start-up has made out of the garbage collector's sight, and let it look less often.
+
+    Requests make few cycles, and a pass over all modules' objects costs more than a hundred requests (measured: a
+    quarter of the CPU at 64 connections).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER, 20, 50)
 
 
 def _raise_file_limit() -> None:

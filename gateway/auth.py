@@ -4,8 +4,8 @@ import hashlib
 import hmac
 import os
 import secrets
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -31,17 +31,44 @@ def digest_of(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def keep_key(path: Path) -> str:
-    """Return the key in the file; make file (0600) and key on the first call. Raises ``OSError``."""
+def new_admin_key() -> str:
+    """Return a fresh key for the admin port: 256 random bits."""
+    return "fba_" + secrets.token_urlsafe(32)
+
+
+class EmptyKeyFile(Exception):
+    """A file that should hold a key holds none."""
+
+
+def keep_key(path: Path, make: Callable[[], str]) -> str:
+    """Return the key in the file; the first caller makes it, readable by its owner alone.
+
+    Two processes that start at once get the same key, and nobody ever sees half of one. Raises ``OSError`` and
+    ``EmptyKeyFile``.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
-    except FileExistsError:
-        return path.read_text(encoding="ascii").strip()
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        key = new_key()
-        file.write(key + "\n")
+    if not path.exists():
+        _write_once(path, make())
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+    key = path.read_text(encoding="utf-8").strip()
+    if not key:
+        raise EmptyKeyFile(f"{path} is empty; delete it and start again.")
     return key
+
+
+def _write_once(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):  # another process was first: its key stands
+            os.link(draft, path)
+    finally:
+        draft.unlink()
 
 
 class Principal(msgspec.Struct, frozen=True):

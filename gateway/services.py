@@ -18,7 +18,7 @@ from engines.engine import Engine
 from engines.spec import Launch, Lifecycle, WorkerSpec
 from engines.supervisor import Supervisor
 from engines.worker import State, WorkerStatus
-from gateway.auth import Keys, digest_of, keep_key
+from gateway.auth import EmptyKeyFile, Keys, digest_of, keep_key, new_admin_key
 from gateway.chat import ChatService
 from gateway.settings import Settings, SettingsError, TimeoutSettings, WorkerSettings
 from gateway.telemetry import Metrics, RequestLog
@@ -186,4 +186,7 @@ def _admin_digest(settings: Settings) -> bytes:
     """Return the hash of the admin key: the file's, or one kept in the state folder for the CLI on this machine."""
     if settings.admin_key is not None:
         return digest_of(settings.admin_key.get_secret_value().encode())
-    return digest_of(keep_key(settings.state_dir / "admin.key").encode())
+    try:
+        return digest_of(keep_key(settings.state_dir / "admin.key", new_admin_key).encode())
+    except EmptyKeyFile as error:
+        raise SettingsError(str(error)) from error

@@ -28,9 +28,10 @@ class Breaker:
         """Whether the worker may be given one more request."""
         return self._open_until is None or (now >= self._open_until and not self._has_trial)
 
-    def on_start(self) -> None:
-        """A leg starts on this worker; while the breaker is open it is the trial."""
+    def on_start(self) -> bool:
+        """A leg starts on this worker. Return whether it is the trial, which is to be told when it ends."""
         self._has_trial = self._open_until is not None
+        return self._has_trial
 
     def on_success(self) -> None:
         """A leg on this worker ended well."""
@@ -39,16 +40,17 @@ class Breaker:
         self._open_until = None
         self._has_trial = False
 
-    def on_failure(self, now: float) -> None:
+    def on_failure(self, now: float, *, was_trial: bool) -> None:
         """A leg on this worker ended badly, and not by the request's fault."""
         self._failures += 1
         if self._failures < self.THRESHOLD:
             return
-        if self._has_trial:
+        if was_trial:
             self._cooldown_s = min(2 * self._cooldown_s, self.MAX_COOLDOWN_S)
-        self._has_trial = False
+            self._has_trial = False
         self._open_until = now + self._cooldown_s
 
-    def on_inconclusive(self) -> None:
-        """A leg ended in a way that says nothing of the worker; another trial is free to start."""
-        self._has_trial = False
+    def on_inconclusive(self, *, was_trial: bool) -> None:
+        """A leg ended in a way that says nothing of the worker; if it was the trial, another is free to start."""
+        if was_trial:
+            self._has_trial = False

@@ -1,12 +1,13 @@
 """Whose turn it is: one queue per tenant, first come first served inside it, round-robin between them."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from core.ids import RequestId, TenantId
 
 
 class TenantQueues:
-    """Waiting requests of one model. Every operation is O(1) but ``next_first``, which is O(tenants) when it skips.
+    """Waiting requests of one model. Every operation is O(1) but ``first``, which walks over what it skips.
 
     A tenant that has just been served goes behind all others that wait, so a tenant with a thousand waiting
     requests delays another tenant's first by at most one of its own per turn.
@@ -42,9 +43,13 @@ class TenantQueues:
         if not queue:
             del self._queues[tenant]
 
-    def heads(self) -> list[tuple[TenantId, RequestId]]:
-        """Return the first request of each tenant, in the order of their turns."""
-        return [(tenant, next(iter(queue))) for tenant, queue in self._queues.items()]
+    def first(self, is_due: Callable[[RequestId], bool]) -> tuple[TenantId, RequestId] | None:
+        """Return whose turn it is: the first due request of the first tenant that has one. Others are passed over."""
+        for tenant, queue in self._queues.items():
+            for request in queue:
+                if is_due(request):
+                    return tenant, request
+        return None
 
     def serve(self, tenant: TenantId, request: RequestId) -> None:
         """Take the request out, and put its tenant behind all others that wait."""

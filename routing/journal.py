@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import msgspec
+
 from core.chat import Call, Usage
 from core.errors import ForebayError
 
@@ -52,9 +54,15 @@ class Journal:
 
     @property
     def metered(self) -> Usage:
-        """The engine's count; without one, the tokens seen here and the estimate of the prompt."""
-        if self.usage is not None:
-            return self.usage
+        """The engine's count; without one, the tokens seen here and the estimate of the prompt.
+
+        An answer that was cut may hold a count of its beginning only: what was seen later is added.
+        """
+        usage = self.usage
+        if usage is not None:
+            if self.is_complete or usage.completion_tokens >= self.num_tokens:
+                return usage
+            return msgspec.structs.replace(usage, completion_tokens=self.num_tokens)
         prompt_tokens = self.call.prompt_tokens_estimate if self.frames else 0
         return Usage(prompt_tokens=prompt_tokens, completion_tokens=self.num_tokens)
 

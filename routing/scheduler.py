@@ -16,8 +16,9 @@ from routing.breaker import Breaker
 from routing.fairness import TenantQueues
 from routing.placement import Candidate, choose
 
-Cause = Literal["done", "refused", "busy", "broken", "lost", "unreachable", "timed_out", "aborted"]
-"""How a leg ended. ``refused``: the request's own fault; ``unreachable``: the worker never saw the request."""
+Cause = Literal["done", "refused", "busy", "broken", "lost", "unreachable", "timed_out", "hurried", "aborted"]
+"""How a leg ended. ``refused``: the request's own fault; ``unreachable``: the worker never saw the request;
+``hurried``: it missed a deadline of the caller's own choice, which says nothing of the worker."""
 
 Why = Literal["queue_full", "queue_timeout", "no_healthy_worker", "failed"]
 
@@ -153,6 +154,8 @@ class _Leg(msgspec.Struct):
     request: RequestId
     worker: WorkerId
     outstanding: int
+    breaker: Breaker  # of the worker as it was at the start: a leg's end says nothing of a later incarnation
+    is_trial: bool
 
 
 class _Worker:
@@ -205,6 +208,10 @@ class Scheduler:
             heapq.heappop(self._wakeups)
         return None
 
+    def knows(self, request: RequestId) -> bool:
+        """Whether the request waits or runs, or a worker has not let go of it yet."""
+        return request in self._requests
+
     def num_waiting(self, model: ModelName) -> int:
         """Return how many requests wait for the model."""
         queue = self._queues.get(model)
@@ -247,7 +254,7 @@ class Scheduler:
         worker.num_running -= 1
         worker.outstanding -= leg.outstanding
         request.leg = None
-        self._judge(worker, event)
+        self._judge(leg, event)
         effects = self._after_leg(request, leg, event)
         return effects + self._start_waiting(worker.view.model, event.now)
 
@@ -286,17 +293,17 @@ class Scheduler:
             effects += self._start_waiting(model, event.now)
         return effects
 
-    def _judge(self, worker: _Worker, event: LegEnded) -> None:
+    def _judge(self, leg: _Leg, event: LegEnded) -> None:
         """Tell the breaker how the leg ended, if the worker had a part in it."""
         match event.cause:
             case "done" | "refused":
-                worker.breaker.on_success()
+                leg.breaker.on_success()
             case "lost" | "unreachable" | "broken" | "timed_out":
-                worker.breaker.on_failure(event.now)
-                if worker.breaker.open_until is not None:
-                    self._wake(worker.breaker.open_until, worker.view.model)
-            case "busy" | "aborted":
-                worker.breaker.on_inconclusive()
+                leg.breaker.on_failure(event.now, was_trial=leg.is_trial)
+                if leg.breaker.open_until is not None:
+                    self._wake(leg.breaker.open_until, self._workers[leg.worker].view.model)
+            case "busy" | "hurried" | "aborted":
+                leg.breaker.on_inconclusive(was_trial=leg.is_trial)
             case _:
                 assert_never(event.cause)
 
@@ -312,12 +319,15 @@ class Scheduler:
         if request.num_attempts >= self._limits.attempts or advice > self._limits.max_retry_after:
             return self._fall_back(request, event.now, Reject(request.id, why="failed", retry_after=event.retry_after))
         request.not_before = event.now + advice
+        if event.cause != "unreachable":  # else it has waited all the while, and tries without end have to end
+            request.deadline = event.now + request.queue_timeout
         return self._enqueue(request, event.now, front=True)
 
     def _enqueue(self, request: _Request, now: float, *, front: bool) -> list[Effect]:
         """Start the request if a worker has room and nobody waits before it; queue it otherwise."""
         queue = self._queues.setdefault(request.model, TenantQueues())
-        request.deadline = now + request.queue_timeout
+        if not front:
+            request.deadline = now + request.queue_timeout
         if not len(queue) and (start := self._try_start(request, now)) is not None:
             return [start]
         if not self._has_hope(request.model):
@@ -353,16 +363,15 @@ class Scheduler:
         """Start waiting requests, tenant by tenant, while there is room."""
         queue = self._queues.get(model)
         effects: list[Effect] = []
-        progress = True
-        while queue is not None and len(queue) and progress and self._has_room(model, now):
-            progress = False
-            for tenant, request_id in queue.heads():
-                start = self._try_start(self._requests[request_id], now)
-                if start is not None:
-                    queue.serve(tenant, request_id)
-                    effects.append(start)
-                    progress = True
-                    break
+        while queue is not None and len(queue) and self._has_room(model, now):
+            turn = queue.first(lambda request: now >= self._requests[request].not_before)
+            if turn is None:
+                break
+            tenant, request_id = turn
+            start = self._try_start(self._requests[request_id], now)
+            assert start is not None
+            queue.serve(tenant, request_id)
+            effects.append(start)
         return effects
 
     def _has_room(self, model: ModelName, now: float) -> bool:
@@ -372,8 +381,8 @@ class Scheduler:
         """End all that wait for a model when its last worker is gone for good."""
         queue = self._queues.get(model)
         effects: list[Effect] = []
-        while queue is not None and len(queue) and not self._has_hope(model):
-            tenant, request_id = queue.heads()[0]
+        while queue is not None and not self._has_hope(model) and (turn := queue.first(lambda _: True)) is not None:
+            tenant, request_id = turn
             queue.remove(tenant, request_id)
             reject = Reject(request_id, why="no_healthy_worker", retry_after=1.0)
             effects += self._fall_back(self._requests[request_id], now, reject)
@@ -413,11 +422,12 @@ class Scheduler:
             request=request.id,
             worker=worker.view.id,
             outstanding=request.tokens_estimate,
+            breaker=worker.breaker,
+            is_trial=worker.breaker.on_start(),
         )
         request.num_legs += 1
         request.leg = leg.id
         self._legs[leg.id] = leg
-        worker.breaker.on_start()
         worker.num_running += 1
         worker.outstanding += leg.outstanding
         return Start(

@@ -14,6 +14,7 @@ from engines.engine import Command
 from engines.spec import WorkerSpec
 
 _STREAM_OPTIONS = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
+_NO_ROUTE = frozenset({"Not Found", "Method Not Allowed"})  # Starlette's words; a model that is unknown has others
 
 
 def engine_body(call: Call, served_name: str | None) -> dict[str, Any]:
@@ -36,12 +37,24 @@ class OpenAIDriver:
     async def run(self, call: Call) -> AsyncIterator[Chunk]:
         """Run the call and yield its answer; see ``Driver.run``."""
         body = msgspec.json.encode(engine_body(call, self._served_name))
-        if not call.stream:
-            yield await self._wire.whole(call.endpoint, call, body)
-            return
-        reader = StreamReader(call.endpoint, strips_usage=not call.wants_usage and call.endpoint in _STREAM_OPTIONS)
-        async for chunk in self._wire.stream(call.endpoint, call, body, reader):
-            yield chunk
+        try:
+            if not call.stream:
+                yield await self._wire.whole(call.endpoint, call, body)
+                return
+            reader = StreamReader(call.endpoint, strips_usage=not call.wants_usage and call.endpoint in _STREAM_OPTIONS)
+            async for chunk in self._wire.stream(call.endpoint, call, body, reader):
+                yield chunk
+        except UpstreamError as error:
+            meant = self._meaning_of(error, call)
+            if meant is error:
+                raise
+            raise meant from error
+
+    def _meaning_of(self, error: UpstreamError, call: Call) -> ForebayError:
+        """Return what an error is to a caller: often the engine's own, as it came."""
+        if error.status in {404, 405} and error.message in _NO_ROUTE:
+            return UnsupportedParameter(f"the engine behind this model does not serve {call.endpoint}")
+        return error
 
     def reports_progress(self, call: Call) -> bool:
         """Only of streams: a whole answer comes in one piece at its end."""

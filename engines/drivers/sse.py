@@ -202,9 +202,10 @@ class StreamReader:
     def _cut_at_error(self, frames: bytes) -> bytes:
         good: list[bytes] = []
         for frame in split(frames):
-            if b'"error"' in frame and isinstance(event := json_of(frame), dict) and event.get("error"):
-                self.error = event["error"]
-                break
+            if b'"error"' in frame and isinstance(event := json_of(frame), dict):
+                self.error = event.get("error") or (event if event.get("type") == "error" else None)
+                if self.error:
+                    break
             good.append(frame)
         return b"".join(good)
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from core.chat import Endpoint
-from core.errors import ForebayError
-from engines.driver import Capabilities, Health, Load
+from core.chat import Call, Endpoint
+from core.errors import ForebayError, UpstreamError, WorkerLost, WorkerUnreachable
+from engines.driver import Capabilities, Chunk, Health, Load
 from engines.drivers.metrics import gauge
 from engines.drivers.openai import OpenAIDriver
 from engines.drivers.wire import Wire
@@ -16,6 +17,7 @@ from engines.spec import WorkerSpec
 
 _SETTLE_TIMEOUT_S = 5.0  # vLLM drops an aborted request within some 80 ms; a step of a big batch may take longer
 _SETTLE_POLL_S = 0.05
+_DEAD = "EngineCore encountered an issue"  # vLLM's EngineDeadError
 
 
 class VllmDriver(OpenAIDriver):
@@ -24,6 +26,23 @@ class VllmDriver(OpenAIDriver):
     def __init__(self, base_url: str, api_key: str | None, *, served_name: str | None = None) -> None:
         super().__init__(base_url, api_key, served_name=served_name)
         self._engine: Wire = self._wire
+        self._is_dead = False
+
+    def run(self, call: Call) -> AsyncIterator[Chunk]:
+        """Run the call; see ``Driver.run``. Raises ``WorkerUnreachable`` at once while the engine process is dead.
+
+        vLLM's server outlives its engine process by half a second or more and answers 500 to everything: a request
+        that comes in that time must not lose its attempts there.
+        """
+        if self._is_dead:
+            raise WorkerUnreachable("the engine process of this worker has died")
+        return super().run(call)
+
+    def _meaning_of(self, error: UpstreamError, call: Call) -> ForebayError:
+        if _DEAD in error.message:
+            self._is_dead = True
+            return WorkerLost("the engine process of this worker has died")
+        return super()._meaning_of(error, call)
 
     async def settle(self, num_running: int) -> None:
         """Return when vLLM itself runs no more than it should, or after five seconds."""
@@ -39,6 +58,8 @@ class VllmDriver(OpenAIDriver):
             status, _ = await self._engine.fetch("/health")
         except ForebayError:
             return "unreachable"
+        if status == 200:
+            self._is_dead = False
         return "ok" if status == 200 else "unhealthy"
 
     async def load(self) -> Load | None:

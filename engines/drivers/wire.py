@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import aiohttp
@@ -51,8 +52,6 @@ class Wire:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            # Deadlines are the dispatcher's; only a connection attempt ends by itself.
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=2.0),
             read_bufsize=2**18,
             # A proxy of the environment may stand between us and a provider, never before our own workers.
             trust_env=not is_local,
@@ -105,11 +104,11 @@ class Wire:
         return Chunk(answer, usage.completion_tokens if usage is not None else 0, usage)
 
     def _post(self, path: str, call: Call, body: bytes) -> Any:
-        headers = CIMultiDict({"x-request-id": call.id})
+        headers: CIMultiDict[str] = CIMultiDict({"x-request-id": call.id})
         if call.traceparent is not None:
             headers["traceparent"] = call.traceparent
         return self._session.post(self._urls.get(path) or self._url(path), data=body, headers=headers,
-                                  allow_redirects=False)  # fmt: skip
+                                  timeout=_deadlines(call.timeouts.connect), allow_redirects=False)  # fmt: skip
 
     async def ask(self, path: str, body: Any = None, *, timeout_s: float = _PROBE_TIMEOUT_S) -> Any:
         """Return the JSON that a small request (GET, or POST with a body) answers. Raises ``ForebayError``."""
@@ -143,6 +142,12 @@ async def _finish(response: aiohttp.ClientResponse) -> None:
         async with asyncio.timeout(_LAST_BYTES_TIMEOUT_S):
             while await response.content.readany():
                 pass
+
+
+@lru_cache(maxsize=64)
+def _deadlines(connect: float) -> aiohttp.ClientTimeout:
+    """Only a connection attempt ends by itself: the other deadlines are the dispatcher's."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=connect)
 
 
 class _Translated:

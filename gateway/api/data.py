@@ -193,7 +193,7 @@ class DataPlane:
             raise RequestTooLarge(f"the body has {int(declared)} bytes; {limit} are accepted")
         message = await receive()
         if message.get("more_body") or message["type"] == "http.disconnect":
-            return await _read_rest(receive, message, limit)
+            return await _read_rest(receive, message, limit, exchange)
         body: bytes = message["body"]
         if len(body) > limit:
             raise RequestTooLarge(f"the body has {len(body)} bytes; {limit} are accepted")
@@ -249,10 +249,14 @@ class DataPlane:
         exchange.error = error
         exchange.status = status_of(error)
         body = msgspec.json.encode(body_of(error, endpoint, exchange.id))
+        run = exchange.run
         headers = [
             (b"x-request-id", exchange.id.encode()),
             (b"request-id", exchange.id.encode()),
+            (b"x-forebay-attempts", b"%d" % (run.attempts if run is not None else 0)),
+            (b"x-forebay-queue-ms", b"%.2f" % (run.queue_s * 1000 if run is not None else 0)),
             _JSON,
+            _CACHE,
             (b"content-length", b"%d" % len(body)),
             *headers_of(error),
         ]
@@ -284,7 +288,7 @@ class DataPlane:
             model=served.model if served is not None else call.model if call is not None else None,
             worker=served.worker if served is not None else None,
             stream=call.stream if call is not None else False,
-            attempts=served.attempts if served is not None else 0,
+            attempts=run.attempts if run is not None else 0,
             queue_s=run.queue_s if run is not None else 0.0,
             first_byte_s=exchange.first_byte_at - exchange.started_at if exchange.first_byte_at is not None else None,
             overhead_s=exchange.first_byte_at - exchange.started_at - served.queue_s - served.engine_s
@@ -304,11 +308,12 @@ class DataPlane:
             self._request_log.add(record)
 
 
-async def _read_rest(receive: Receive, message: Message, limit: int) -> bytes:
+async def _read_rest(receive: Receive, message: Message, limit: int, exchange: _Exchange) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
         if message["type"] == "http.disconnect":
+            exchange.has_left = True
             raise InvalidRequest("the client closed its connection before the body was complete")
         part = message.get("body", b"")
         parts.append(part)

@@ -59,6 +59,8 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise InvalidJson(f"the body is not valid JSON: {error}") from error
     except RecursionError as error:
         raise InvalidJson("the body is nested too deeply") from error
+    except ValueError as error:  # bytes that are no UTF-8, half a surrogate pair, a number of thousands of digits
+        raise InvalidJson(f"the body is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(body, dict):
         raise InvalidJson(f"the body has to be a JSON object, not {_kind(body)}")
     return body
@@ -72,7 +74,7 @@ def find_model(body: Mapping[str, Any], catalog: Catalog, principal: Principal) 
     model = catalog.find(name)
     if model is None:
         visible = [known for known in catalog.names() if _is_visible(known, catalog, principal)]
-        near = difflib.get_close_matches(name, visible, n=1)
+        near = difflib.get_close_matches(name[:128], visible, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/models lists those that do"
         raise UnknownModel(f"the model {name[:128]!r} does not exist{hint}", param="model")
     principal.check(model.name)
@@ -94,7 +96,7 @@ def read_call(
     _check_prompt(body, endpoint)
     num_choices = _check_choices(body)
     limit = _answer_limit(body, endpoint)
-    stream = _check_stream(body)
+    stream = _check_stream(body) and endpoint is not Endpoint.EMBEDDINGS  # which no engine streams
     options = _own_options(body, headers)
     # `priority` orders within a tenant and belongs to the scheduler; no engine may see it.
     body.pop("priority", None)
@@ -117,6 +119,7 @@ def read_call(
         stream=stream,
         wants_usage=_wants_usage(body),
         timeouts=_timeouts(options["timeouts"], model.timeouts) if "timeouts" in options else model.timeouts,
+        has_own_timeouts="timeouts" in options,
         prompt_tokens_estimate=len(raw) // _BYTES_PER_TOKEN,
         max_tokens=0 if endpoint is Endpoint.EMBEDDINGS else limit * num_choices,
         fallbacks=_fallbacks(options["fallbacks"], catalog, principal)
@@ -243,11 +246,11 @@ def _timeout_pair(text: str) -> tuple[str, float]:
 
 
 def _check_option(key: str, value: Any) -> None:
-    param = f"forebay.{key}"
+    param = f"forebay.{key[:64]}"
     if key in _PLANNED:
         raise UnsupportedParameter(f"`{param}` is not available in this version", param=param)
     if key not in _BUILT:
-        near = difflib.get_close_matches(key, _BUILT, n=1)
+        near = difflib.get_close_matches(key[:64], _BUILT, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(_BUILT)}"
         raise UnsupportedParameter(f"`{param}` is unknown; {hint}", param=param)
     if key in _LABELS and not (isinstance(value, str) and 0 < len(value) <= 128):
@@ -260,7 +263,7 @@ def _timeouts(given: Any, model: Timeouts) -> Timeouts:
         _wrong("forebay.timeouts", "an object", given)
     chosen: dict[str, float] = {}
     for name, value in given.items():
-        param = f"forebay.timeouts.{name}"
+        param = f"forebay.timeouts.{name[:64]}"
         if name not in _TIMEOUTS:
             raise UnsupportedParameter(f"`{param}` is unknown; known are {', '.join(_TIMEOUTS)}", param=param)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:

@@ -1,14 +1,14 @@
 """What several verbs share: the folders, the kept keys, and errors that tell what to do."""
 
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import click
+
+from gateway.auth import EmptyKeyFile, keep_key
 
 DATA_PORT = 8411
 ADMIN_PORT = 8412
@@ -49,45 +49,17 @@ def models_dir(env: Mapping[str, str]) -> Path:
     return cache_dir(env) / "models"
 
 
-def new_admin_key() -> str:
-    """Return a fresh key for the admin port: 256 random bits."""
-    return "fba_" + secrets.token_urlsafe(32)
-
-
 def kept_key(folder: Path, name: str, make: Callable[[], str]) -> str:
-    """Return the key in ``folder/name``; the first caller makes it, readable by its owner alone. Raises ``Fault``.
-
-    Two processes that start at once get the same key, and nobody ever sees half of one.
-    """
+    """Return the key kept in ``folder/name``; see ``gateway.auth.keep_key``. Raises ``Fault``."""
     path = folder / name
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not path.exists():
-            _write_once(path, make())
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o600)
-        key = path.read_text(encoding="utf-8").strip()
+        return keep_key(path, make)
     except OSError as error:
         raise Fault(
             f"cannot keep a key in {path}: {error.strerror}. Set FOREBAY_STATE to a folder you can write."
         ) from error
-    if not key:
-        raise Fault(f"{path} is empty; delete it and start again.")
-    return key
-
-
-def _write_once(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):  # another process was first: its key stands
-            os.link(draft, path)
-    finally:
-        draft.unlink()
+    except EmptyKeyFile as error:
+        raise Fault(str(error)) from error
 
 
 def program() -> str:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from gateway.auth import new_key
-from gateway.cli.common import ADMIN_KEY, LOCAL_KEY, Fault, SettingsFault, kept_key, new_admin_key
+from gateway.auth import new_admin_key, new_key
+from gateway.cli.common import ADMIN_KEY, LOCAL_KEY, Fault, SettingsFault, kept_key
 from gateway.cli.common import state_dir as default_state_dir
 from gateway.cli.machine import default_threads, num_cores
 from gateway.settings import Settings, SettingsError, environment, load

@@ -19,8 +19,8 @@ from typing import Any
 import aiohttp
 import click
 
-from gateway.auth import new_key
-from gateway.cli.common import Fault, new_admin_key, program
+from gateway.auth import new_admin_key, new_key
+from gateway.cli.common import Fault, program
 from gateway.cli.fetching import fetch_model
 from gateway.settings import environment
 

@@ -14,6 +14,9 @@ _FETCHED_BY_US = "llamacpp"  # the others load what they are given, hub ids incl
 
 def fetch_model(source: str, env: Mapping[str, str]) -> Path:
     """Return the file of a llama.cpp source, downloading it after saying what and how much. Raises ``Fault``."""
+    if _is_no_kind_of_source(source):
+        known = ", ".join(model.name for model in models.KNOWN)
+        raise SettingsFault(f"there is no model {source!r}: give {known}, a .gguf file, or a hub repository (org/name)")
     folder = models_dir(env)
     hub = models.Hub(endpoint=env.get("HF_ENDPOINT") or models.HUB, token=env.get("HF_TOKEN") or None)
     try:
@@ -26,6 +29,11 @@ def fetch_model(source: str, env: Mapping[str, str]) -> Path:
         raise (SettingsFault if is_file else Fault)(str(error)) from error
     except OSError as error:
         raise Fault(f"cannot keep models in {folder}: {error}. Set FOREBAY_CACHE to a folder you can write.") from error
+
+
+def _is_no_kind_of_source(source: str) -> bool:
+    is_name = "/" not in source and not source.endswith(".gguf") and not source.startswith("pypi:")
+    return is_name and models.known_model(source) is None and not Path(source).exists()
 
 
 def with_local_sources(settings: Settings, env: Mapping[str, str]) -> Settings:

@@ -51,4 +51,4 @@ def new() -> None:
     click.echo(f"key     {key}")
     click.echo(f"sha256  {digest}")
     click.echo("\nGive the key to the application; it is not kept here. Put the hash into forebay.yaml:\n")
-    click.echo(f"keys:\n  - name: my-app\n    tenant: my-team\n    sha256: {digest}")
+    click.echo(f'keys:\n  - name: my-app\n    tenant: my-team\n    sha256: "{digest}"')

@@ -10,7 +10,7 @@ import click
 
 from engines.worker import State
 from gateway.app import Ready
-from gateway.auth import new_key
+from gateway.auth import new_admin_key, new_key
 from gateway.cli import plan
 from gateway.cli.common import (
     ADMIN_KEY,
@@ -20,7 +20,6 @@ from gateway.cli.common import (
     Fault,
     SettingsFault,
     kept_key,
-    new_admin_key,
     program,
     state_dir,
 )

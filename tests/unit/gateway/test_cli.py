@@ -147,7 +147,7 @@ def test_what_is_commented_out_in_the_example_is_right_too(folder: Path) -> None
     forebay("init")
     text = (folder / "forebay.yaml").read_text()
     text = re.sub(r"^( {2,})# ", r"\1", text, flags=re.MULTILINE)
-    text = text.replace("sha256: 64 hex digits", f"sha256: {'0' * 64}")
+    text = text.replace("64 hex digits", "0" * 64)
     (folder / "all.yaml").write_text(text)
     settings = load(folder / "all.yaml", {"PROVIDER_KEY": "x"})
     assert list(settings.models) == ["smollm2", "qwen-gpu", "hosted"]
@@ -365,6 +365,12 @@ def test_a_port_in_use_is_told_before_anything_is_fetched(folder: Path, taken_po
     assert f"port {taken_port} is in use" in result.output
     assert "--port" in result.output
     assert not (folder / "cache").exists()
+
+
+def test_a_name_that_is_no_model_is_told_with_what_there_is() -> None:
+    result = forebay("fetch", "smolm2")
+    assert result.exit_code == 2
+    assert "give smollm2, a .gguf file" in result.output
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""Whatever happens, in whatever order: no request is lost, none is answered twice, and no slot stays empty."""
+
+from typing import Any
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from routing.scheduler import Cause, Effect, Event, Limits, Scheduler, Start
+from tests.fakes.workers import view
+from tests.unit.routing.world import World, starts
+
+WORKERS = ("m-0", "m-1", "n-0")
+MODELS = (("m",), ("n",), ("m", "n"), ("n", "m"))
+CAUSES: tuple[Cause, ...] = ("done", "refused", "busy", "broken", "lost", "unreachable", "timed_out", "aborted")
+LIMITS = Limits(queue=5, queue_per_tenant=3, attempts=2, max_retry_after=10.0)
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Random events; the world itself objects to effects that break a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(view("m-0", slots=2), view("m-1"), view("n-0"), limits=LIMITS)
+
+    @rule(
+        tenant=st.sampled_from("abc"),
+        models=st.sampled_from(MODELS),
+        tokens=st.integers(0, 50),
+        timeout=st.sampled_from([0.5, 5.0, 60.0]),
+    )
+    def submit(self, tenant: str, models: tuple[str, ...], tokens: int, timeout: float) -> None:
+        self.world.submit(f"r{len(self.world.requests)}", tenant, *models, tokens=tokens, timeout=timeout)
+
+    @precondition(lambda self: self.world.running)
+    @rule(data=st.data(), cause=st.sampled_from(CAUSES), advice=st.sampled_from([None, 0.0, 2.0, 20.0]))
+    def end(self, data: st.DataObject, cause: Cause, advice: float | None) -> None:
+        self.world.end(data.draw(st.sampled_from(self.world.legs())), cause, advice)
+
+    @precondition(lambda self: self.world.running)
+    @rule(data=st.data(), num=st.integers(0, 40), commits=st.booleans())
+    def deliver(self, data: st.DataObject, num: int, commits: bool) -> None:
+        leg = data.draw(st.sampled_from(self.world.legs()))
+        if commits:
+            self.world.first_token(leg)
+        self.world.tokens(leg, num)
+
+    @precondition(lambda self: self.world.requests)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.world.cancel(data.draw(st.sampled_from(sorted(self.world.requests))))
+
+    @rule(
+        worker=st.sampled_from(WORKERS),
+        state=st.sampled_from(["ready", "ill", "away", "gone"]),
+        slots=st.integers(1, 2),
+        incarnation=st.integers(0, 1),
+    )
+    def change(self, worker: str, state: str, slots: int, incarnation: int) -> None:
+        is_ready = state in {"ready", "ill"}
+        self.world.worker(
+            view(
+                worker,
+                ready=is_ready,
+                healthy=state == "ready",
+                may_return=state == "away",
+                slots=slots,
+                incarnation=incarnation,
+            )
+        )
+
+    @rule(seconds=st.sampled_from([0.1, 0.3, 1.0, 7.0, 40.0]))
+    def advance(self, seconds: float) -> None:
+        self.world.advance(seconds)
+
+    @invariant()
+    def works_while_there_is_room(self) -> None:
+        wakeup = self.world.scheduler.next_wakeup()
+        if wakeup is None or wakeup > self.world.now:
+            self.world.check_work_conserving()
+
+    def teardown(self) -> None:
+        finish(self.world)
+        assert self.world.ended.keys() == self.world.requests.keys()
+        assert all(worker.outstanding == 0 for worker in self.world.scheduler._workers.values())
+        assert replayed(self.world) == self.world.effects
+
+
+AnyHistory.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+test_any_history_keeps_the_rules = AnyHistory.TestCase
+
+
+def finish(world: World) -> None:
+    """Let every leg end and time pass until nothing waits; 40 seconds end every wait of 60 in two rounds."""
+    for _ in range(20):
+        for leg in world.legs():
+            world.end(leg)
+        if not world.waiting and not world.running:
+            return
+        world.advance(40.0)
+    raise AssertionError(f"still waiting: {world.waiting}")
+
+
+def replayed(world: World) -> list[list[Effect]]:
+    """Return the effects of a new scheduler on the same events, both having travelled as JSON."""
+    events = msgspec.json.decode(msgspec.json.encode(world.events), type=list[Event])
+    scheduler = Scheduler(world.limits)
+    effects = [scheduler.on(event) for event in events]
+    sent: list[list[Effect]] = msgspec.json.decode(msgspec.json.encode(effects), type=list[list[Effect]])
+    return sent
+
+
+def drain(world: World, draw: Any) -> list[tuple[str, str]]:
+    """End legs in any order until none is left; return (tenant, request) of what was started meanwhile."""
+    order: list[tuple[str, str]] = []
+    while world.running:
+        leg = draw(st.sampled_from(world.legs()))
+        order += [(world.requests[start.request].tenant, start.request) for start in _starts(world.end(leg))]
+    return order
+
+
+def _starts(effects: list[Effect]) -> list[Start]:
+    return [effect for effect in effects if isinstance(effect, Start)]
+
+
+def crowd(tenants: list[str], slots: int) -> World:
+    """Return a world with all slots taken by a stranger, and one waiting request per entry of ``tenants``."""
+    world = World(view(slots=slots))
+    for index in range(slots):
+        world.submit(f"stranger{index}", "stranger")
+    for index, tenant in enumerate(tenants):
+        world.submit(f"{tenant}{index:04}", tenant)
+    return world
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 3), st.data())
+@settings(max_examples=60, deadline=None)
+def test_within_a_tenant_the_first_to_come_is_the_first_to_start(
+    tenants: list[str], slots: int, data: st.DataObject
+) -> None:
+    order = drain(crowd(tenants, slots), data.draw)
+
+    for tenant in "abc":
+        started = [request for owner, request in order if owner == tenant]
+        assert started == sorted(started)
+    assert len(order) == len(tenants)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 3), st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_tenant_starts_twice_while_another_waits_for_its_turn(
+    tenants: list[str], slots: int, data: st.DataObject
+) -> None:
+    order = [tenant for tenant, _ in drain(crowd(tenants, slots), data.draw)]
+
+    for now, tenant in enumerate(order):
+        if tenant in order[:now]:
+            last = max(turn for turn in range(now) if order[turn] == tenant)
+            assert set(order[now:]) - {tenant} <= set(order[last:now])
+
+
+def test_a_thousand_waiting_requests_delay_another_tenant_by_one_turn() -> None:
+    world = crowd(["heavy"] * 1000, slots=1)
+    world.submit("light", "light")
+
+    first = starts(world.end("stranger0/0"))
+    second = starts(world.end(f"{first[0][0]}/0"))
+
+    assert [request for request, _ in first + second] == ["heavy0000", "light"]
