@@ -15,6 +15,7 @@ from core.clock import Clock
 from core.completer import Served
 from core.errors import (
     ClientIdle,
+    Draining,
     FirstTokenTimeout,
     ForebayError,
     IdleTimeout,
@@ -98,6 +99,7 @@ class Dispatcher:
         if self._watcher is not None:
             self._watcher.cancel()
         for run in tuple(self._runs.values()):
+            run.journal.fail(Draining("the server is shutting down"))
             run.close()
         # The body's own error passes by the group, which would wrap it; only a cancellation is the group's to know.
         was_cancelled = isinstance(error, asyncio.CancelledError)
@@ -307,7 +309,7 @@ class Dispatcher:
     def _close(self, run: Run) -> None:
         if self._runs.get(run.call.id) is not run:
             return
-        if not run.journal.has_ended or run.task is not None:
+        if self._scheduler.knows(run.call.id):
             self._feed(Cancel(request=run.call.id, now=self._clock.monotonic()))
         del self._runs[run.call.id]
         if not self._runs:

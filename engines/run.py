@@ -127,7 +127,7 @@ class Run:
             self.pending = None
             self.task = asyncio.current_task()
             await self._drive(self, start)
-            if self._is_closed:
+            if self._is_closed and not journal.has_ended:
                 raise asyncio.CancelledError
         if journal.error is not None and not (is_stream and journal.frames):
             raise journal.error

@@ -26,15 +26,27 @@ from core.errors import (
 from engines.driver import Chunk
 from engines.drivers.sse import FrameBuffer, StreamReader, read_whole
 
-_CONTEXT_WORDS = ("context length", "context size", "exceed_context_size", "maximum context", "context window")
+_CONTEXT_WORDS = (
+    "context length",
+    "context size",
+    "exceed_context_size",
+    "maximum context",
+    "context window",
+    "too large to process",  # llama.cpp of an embedding input longer than a batch, with status 500
+)
 _PROBE_TIMEOUT_S = 2.0
+_KEEPALIVE_S = 4.0  # less than the 5 s after which uvicorn, and so vLLM, closes an idle connection
 _LAST_BYTES_TIMEOUT_S = 0.5  # an engine that stays open after its last word loses the connection
 
 
 class Wire:
-    """Connections to one base URL, reused. ``base_url`` is without the ``/v1``; safe for many tasks at once."""
+    """Connections to one base URL; safe for many tasks at once. ``base_url`` may end in ``/v1``.
 
-    def __init__(self, base_url: str, api_key: str | None) -> None:
+    ``reuses_connections`` is for servers that close an idle connection only after a while: one that closes it right
+    after an answer may do so just when the next request is on its way.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None, *, reuses_connections: bool = True) -> None:
         self._base = base_url.rstrip("/").removesuffix("/v1")
         headers = {
             "accept": "*/*",
@@ -49,7 +61,9 @@ class Wire:
         is_local = self._url("").host in {"127.0.0.1", "localhost", "::1"}
         self._session = aiohttp.ClientSession(
             headers=headers,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+            if reuses_connections
+            else aiohttp.TCPConnector(limit=0, force_close=True),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             read_bufsize=2**18,
@@ -206,7 +220,7 @@ def refusal(status: int, body: bytes, retry_after: str | None) -> ForebayError:
     text_code = code if isinstance(code, str) and not code.isdigit() else None
     param = error.get("param") if isinstance(error.get("param"), str) else None
     kind = str(error.get("type") or "")
-    if status == 400 and any(word in f"{message} {kind} {text_code}".lower() for word in _CONTEXT_WORDS):
+    if status in {400, 413, 500} and any(word in f"{message} {kind} {text_code}".lower() for word in _CONTEXT_WORDS):
         return ContextLengthExceeded(message, param=param or "messages")
     if status in {429, 503}:
         return UpstreamBusy(message, status=status, code=text_code, retry_after=_seconds(retry_after))
