@@ -55,8 +55,8 @@ class Call(msgspec.Struct, frozen=True):
     """One request, parsed and checked, with the body that goes to the engine.
 
     ``body`` is the client's JSON object less what was Forebay's own; drivers copy it before they edit it.
-    ``wants_usage`` is whether a streaming client itself asked for the usage chunk. ``has_own_timeouts``: the caller chose
-    deadlines, and a worker that misses them need not be ill.
+    ``wants_usage`` is whether a streaming client itself asked for the usage chunk. ``has_own_timeouts``: the caller
+    chose deadlines, and a worker that misses them need not be ill.
     """
 
     id: RequestId

@@ -206,7 +206,7 @@ class Process:
         code = await self._guard.wait()
         if code < 0:
             # Somebody killed the guard; the kernel killed the worker then, but nobody its descendants.
-            await asyncio.to_thread(_kill_marked, self._mark)
+            await asyncio.to_thread(_kill_left_overs, self._mark, self.pid)
             return 128 - code
         return code
 
@@ -288,13 +288,16 @@ def _output_of(guard: asyncio.subprocess.Process) -> asyncio.StreamReader:
     return guard.stdout
 
 
-def _kill_marked(mark: str) -> None:
-    """Kill every process whose environment bears the mark."""
+def _kill_left_overs(mark: str, session: int) -> None:
+    """Kill every process whose environment bears the mark, or that is in the session that the worker has led.
+
+    vLLM's processes write a title over their environment; a process that has left the session still bears the mark.
+    """
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark:
+            if os.getsid(process.pid) == session or process.environ().get(MARK) == mark:
                 process.kill()
-        except psutil.Error:
+        except (psutil.Error, OSError):
             continue  # gone, or somebody else's
 
 

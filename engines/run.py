@@ -16,8 +16,9 @@ class Run:
 
     Times are monotonic seconds. ``reader`` is the consumer's task, if it wants to be cancelled when it has not taken
     anything for ``client_idle``; ``lags_since`` is since when something has waited for it. ``sink``, where the reader
-    has one, takes frames at once and without a task switch, or returns False when it cannot. An ``is_inline`` run has
-    no tasks of its own: its legs are driven by whoever awaits ``first_byte``, which saves two task switches a request.
+    has one, takes frames at once and without a task switch (the first frames too), or returns False when it cannot.
+    An ``is_inline`` run has no tasks of its own: its legs are driven by whoever awaits ``first_byte``, which saves two
+    task switches a request.
     """
 
     __slots__ = (

@@ -1,6 +1,7 @@
 """A client's connection: uvicorn's protocol, which here also tells when the client has gone and bounds its headers."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -8,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from core.chat import Endpoint
+from core.ids import new_request_id
+
 EXTENSION = "forebay.connection"
 MAX_HEADER_BYTES = 64 * 1024
+MAX_RAW_HEADER_BYTES = MAX_HEADER_BYTES + 2**18  # the end of an earlier request may have come with the head
+_LINGER_S = 5.0
+_UPGRADE = re.compile(rb"(?<=\r\n)(?i:upgrade):[^\r\n]*\r\n")
 
 if TYPE_CHECKING:
     from uvicorn.config import Config
@@ -19,11 +26,13 @@ if TYPE_CHECKING:
 class Corked:
     """A transport that can hold writes back for a moment, so that what belongs together leaves in one system call."""
 
-    __slots__ = ("_held", "_transport")
+    __slots__ = ("_held", "_lingers", "_transport", "is_lingering")
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, lingers: Callable[[], bool]) -> None:
         self._transport = transport
+        self._lingers = lingers
         self._held: list[bytes] | None = None
+        self.is_lingering = False
 
     def cork(self) -> None:
         """Hold what is written until ``uncork``."""
@@ -43,9 +52,16 @@ class Corked:
             self._held.append(data)
 
     def close(self) -> None:
-        """Write what is held, then close."""
+        """Write what is held, then close.
+
+        While the client still sends, only our half: closing the other would throw away an answer it has not read yet.
+        """
         self.uncork()
-        self._transport.close()
+        if not self._transport.is_closing() and not self.is_lingering and self._lingers():
+            self.is_lingering = True
+            self._transport.write_eof()
+        else:
+            self._transport.close()
 
     def abort(self) -> None:
         """Close at once and throw away what has not been sent."""
@@ -53,7 +69,7 @@ class Corked:
 
     def is_closing(self) -> bool:
         """Whether it is closed or about to be."""
-        return self._transport.is_closing()
+        return self.is_lingering or self._transport.is_closing()
 
     def pause_reading(self) -> None:
         """See ``asyncio.Transport``."""
@@ -84,18 +100,54 @@ class Connection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._on_gone: Callable[[], None] | None = None
         self._num_header_bytes = 0
+        self._num_raw_bytes = 0
+        self._lingers_since = 0.0
         self._head_since: float | None = self.loop.time()
         self._body_since: float | None = None
         self._has_begun = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, with a transport that can be corked."""
-        self.corked = Corked(transport)
+        self.corked = Corked(transport, self._expects_more)
         super().connection_made(self.corked)  # type: ignore[arg-type] # all of a transport that uvicorn uses
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what comes, unless all has been said already, or the head does not end."""
+        if self.corked.is_lingering:
+            return
+        if self._body_since is None and b"pgrade:" in data:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"", head + end) + rest  # we offer none, and the parser would throw the body away
+        super().data_received(data)
+        if self._head_since is not None and self._has_begun:
+            self._num_raw_bytes += len(data)
+            if self._num_raw_bytes > MAX_RAW_HEADER_BYTES and not self.transport.is_closing():
+                self._refuse(431, "headers_too_large", f"the headers have more than {MAX_HEADER_BYTES} bytes")
+
+    def _expects_more(self) -> bool:
+        """Whether the client is in the middle of a request, and may not read before it has sent it."""
+        if self._body_since is None and (self._head_since is None or not self._has_begun):
+            return False
+        self._lingers_since = self.loop.time()
+        self.flow.resume_reading()
+        return True
+
+    @property
+    def lags(self) -> bool:
+        """Whether the client has not taken what was written before, or has gone."""
+        return self.flow.write_paused or self.corked.is_closing()
+
+    def send_now(self, message: Any) -> None:
+        """Send an ASGI message without waiting, which is sure to work while the client does not lag."""
+        try:
+            self.cycle.send(message).send(None)
+        except StopIteration:
+            return
+        raise AssertionError("uvicorn waits although the client keeps up")
 
     def try_write(self, frames: bytes) -> bool:
         """Write a piece of a streamed answer that has begun; False, and nothing written, if the client lags."""
-        if self.flow.write_paused or self.corked.is_closing():
+        if self.lags:
             return False
         self.corked.write(b"%x\r\n%b\r\n" % (len(frames), frames))
         return True
@@ -117,7 +169,10 @@ class Connection(HttpToolsProtocol):
 
     def close_if_late(self, now: float, header_timeout: float, body_timeout: float) -> None:
         """Close a connection whose request does not get complete; one that has begun a request is told why."""
-        if self._head_since is not None and now - self._head_since > header_timeout:
+        if self.corked.is_lingering:
+            if now - self._lingers_since > _LINGER_S:
+                self.corked.abort()
+        elif self._head_since is not None and now - self._head_since > header_timeout:
             if self._has_begun:
                 self._refuse(408, "request_timeout", f"the headers were not complete within {header_timeout:g} s")
             else:
@@ -134,7 +189,7 @@ class Connection(HttpToolsProtocol):
         """Start the clock for the headers."""
         super().on_message_begin()
         self._has_begun = True
-        self._num_header_bytes = 0
+        self._num_header_bytes = self._num_raw_bytes = 0
         self._head_since = self.loop.time()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -165,11 +220,20 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Answer for the application, which has not seen the request whole, and close."""
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-        body = msgspec.json.encode({"error": error})
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()  # an answer is under way: nothing may stand in its middle
+            return
+        request_id = new_request_id()
+        error = {"message": message, "type": "invalid_request_error", "code": code}
+        is_anthropic = self.scope is not None and self.scope.get("path", "").startswith(Endpoint.MESSAGES)
+        body = msgspec.json.encode(
+            {"type": "error", "error": error, "request_id": request_id}
+            if is_anthropic
+            else {"error": {**error, "param": None}}
+        )
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-            f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"x-request-id: {request_id}\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()

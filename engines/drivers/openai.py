@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from core.chat import Call, Endpoint
-from core.errors import ForebayError, UnsupportedParameter, UpstreamError
+from core.errors import ConnectTimeout, ForebayError, UnsupportedParameter, UpstreamError, WorkerUnreachable
 from engines.driver import Capabilities, Chunk, Health, Load
 from engines.drivers.sse import StreamReader
 from engines.drivers.wire import Wire
@@ -88,8 +88,10 @@ class OpenAIDriver:
         """Return ``ok`` if the endpoint answers at all: a provider may hide its list of models."""
         try:
             status, _ = await self._wire.fetch("/v1/models")
-        except ForebayError:
+        except (WorkerUnreachable, ConnectTimeout):
             return "unreachable"
+        except ForebayError:
+            return "unhealthy"  # it took the connection: too busy for a probe, perhaps, and that is no absence
         return "ok" if status < 500 else "unhealthy"
 
     async def load(self) -> Load | None:

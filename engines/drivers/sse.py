@@ -16,6 +16,7 @@ MAX_FRAME_BYTES = 32 * 2**20  # larger than any answer of one piece; bounds what
 DONE = b"data: [DONE]\n\n"
 
 _BOUNDARY = re.compile(rb"\r?\n\r?\n")
+_USAGE = re.compile(rb'"usage"\s*:\s*')
 _OUTPUT = re.compile(
     rb'"(?:content|text|delta|arguments|reasoning_content|reasoning|thinking|partial_json)": ?"[^"]', re.ASCII
 )
@@ -80,7 +81,7 @@ def json_of(frame: bytes) -> Any:
         return None
     try:
         return msgspec.json.decode(payload)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UpstreamBroken("the engine sent a stream event that is not JSON", status=502) from error
 
 
@@ -96,6 +97,7 @@ class _RawUsage(msgspec.Struct):
     output_tokens: int | None = None
     input_tokens_details: _TokenDetails | None = None
     cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
 
 
 class _Holder(msgspec.Struct):
@@ -123,8 +125,8 @@ def _merge(raw: _RawUsage, before: Usage) -> Usage:
     prompt = raw.prompt_tokens if raw.prompt_tokens is not None else raw.input_tokens
     completion = raw.completion_tokens if raw.completion_tokens is not None else raw.output_tokens
     cached = details.cached_tokens if details is not None else raw.cache_read_input_tokens
-    if raw.input_tokens is not None and raw.cache_read_input_tokens is not None:
-        prompt = raw.input_tokens + raw.cache_read_input_tokens  # Anthropic counts cached tokens apart
+    if raw.prompt_tokens is None and raw.input_tokens is not None:  # Anthropic counts cached tokens apart
+        prompt = raw.input_tokens + (raw.cache_read_input_tokens or 0) + (raw.cache_creation_input_tokens or 0)
     return Usage(
         prompt_tokens=before.prompt_tokens if prompt is None else prompt,
         completion_tokens=before.completion_tokens if completion is None else completion,
@@ -136,11 +138,39 @@ _WHOLE = msgspec.json.Decoder(Whole)
 
 
 def read_whole(body: bytes) -> Whole:
-    """Return what we need of a JSON answer. Raises ``UpstreamBroken`` if it is none."""
+    """Return what we need of a JSON answer. Raises ``UpstreamBroken`` if it is no object.
+
+    What has another shape than we know is not metered, and no reason to lose a good answer.
+    """
     try:
         return _WHOLE.decode(body)
-    except msgspec.DecodeError as error:
+    except msgspec.ValidationError as error:
+        if isinstance(tree := _any_json(body), dict):
+            return Whole(error=tree.get("error"))
         raise UpstreamBroken("the engine's answer is not the JSON it should be", status=502) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UpstreamBroken("the engine's answer is not the JSON it should be", status=502) from error
+
+
+def _any_json(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _without_usage(frame: bytes, event: dict[str, Any]) -> bytes:
+    """Return the frame less its member ``usage``, all other bytes being what they were."""
+    wanted = {key: value for key, value in event.items() if key != "usage"}
+    value = bytes(msgspec.json.decode(data_of(frame), type=dict[str, msgspec.Raw])["usage"])
+    for match in _USAGE.finditer(frame):
+        if not frame.startswith(value, match.end()):
+            continue
+        before, after = frame[: match.start()].rstrip(), frame[match.end() + len(value) :]
+        cut = before[:-1] + after if before.endswith(b",") else before + after.lstrip().removeprefix(b",").lstrip()
+        if _any_json(data_of(cut)) == wanted:
+            return cut
+    return b"data: " + msgspec.json.encode(wanted) + b"\n\n"
 
 
 class StreamReader:
@@ -169,9 +199,12 @@ class StreamReader:
         ``UpstreamBroken`` if the first event is not JSON.
         """
         if self._has_done:
+            self.num_tokens = 0
             return b""
         if self._is_first:
             self._check_first(frames)
+        if b"[DONE]" in frames:
+            frames = self._cut_after_done(frames)
         if b'"error"' in frames:
             frames = self._cut_at_error(frames)
         if b'"usage"' in frames:
@@ -179,8 +212,6 @@ class StreamReader:
         self.num_tokens = len(_OUTPUT.findall(frames))
         if self._end is not None and not self._has_finished and self._end.search(frames):
             self._has_finished = True
-        if b"[DONE]" in frames:
-            frames = self._cut_after_done(frames)
         return frames
 
     def close(self) -> bytes:
@@ -226,11 +257,12 @@ class StreamReader:
         self.usage = whole.merged_usage(self.usage)
         if not self._strips_usage:
             return frame
-        event = msgspec.json.decode(payload)
-        if event.get("choices") == [] and event.get("usage") is not None:
+        event = json_of(frame)
+        if "usage" not in event:  # the word stands elsewhere
+            return frame
+        if event.get("choices") == [] and event["usage"] is not None:
             return b""
-        event.pop("usage", None)
-        return b"data: " + msgspec.json.encode(event) + b"\n\n"
+        return _without_usage(frame, event)
 
     def _cut_after_done(self, frames: bytes) -> bytes:
         kept: list[bytes] = []

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import aiohttp
 import msgspec
@@ -57,6 +58,7 @@ class Wire:
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
         self._translated = _Translated(self._base)
+        self._open: WeakSet[aiohttp.ClientResponse] = WeakSet()
         self._urls: dict[str, URL] = {path: self._url(path) for path in Endpoint}
         is_local = self._url("").host in {"127.0.0.1", "localhost", "::1"}
         self._session = aiohttp.ClientSession(
@@ -82,6 +84,7 @@ class Wire:
         buffer = FrameBuffer()
         with self._translated:
             async with self._post(path, call, body) as response:
+                self._open.add(response)
                 if response.status != 200:
                     raise refusal(response.status, await response.read(), response.headers.get("retry-after"))
                 readany = response.content.readany
@@ -108,6 +111,7 @@ class Wire:
         """Post the call and return its answer, metered. Raises like ``stream``."""
         with self._translated:
             async with self._post(path, call, body) as response:
+                self._open.add(response)
                 answer = await response.read()
                 if response.status != 200:
                     raise refusal(response.status, answer, response.headers.get("retry-after"))
@@ -146,7 +150,9 @@ class Wire:
                 return response.status, await response.read()
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close every connection. Who waits for an answer gets a ``WorkerLost``."""
+        for response in tuple(self._open):
+            response.close()  # the session's own close wakes nobody who reads a body
         await self._session.close()
 
 

@@ -9,9 +9,10 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from core.chat import Endpoint
-from core.errors import ForebayError, InternalError, InvalidRequest, MethodNotAllowed, UnknownUrl
+from core.errors import ForebayError, InternalError, InvalidRequest, MethodNotAllowed, RequestTooLarge, UnknownUrl
 from core.ids import new_request_id
 from gateway.api.requests import request_id_of
 from gateway.errors import body_of, headers_of, status_of
@@ -46,11 +47,24 @@ class WithRequestId:
         await self._app(scope, receive, send_with_id)
 
 
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the whole body. Raises ``RequestTooLarge``."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise RequestTooLarge(f"the body has more than {limit} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
 def speak_our_errors(app: FastAPI) -> None:
     """Let every failure of the app's routes leave in our envelope; the framework's own never do."""
     app.add_exception_handler(ForebayError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unknown)
 
 
@@ -58,6 +72,8 @@ def _answer(request: Request, error: ForebayError) -> Response:
     endpoint = Endpoint.MESSAGES if request.url.path.startswith("/v1/messages") else None
     body = body_of(error, endpoint, request.scope.get("state", {}).get("request_id", ""))
     headers = {name.decode(): value.decode() for name, value in headers_of(error)}
+    if isinstance(error, RequestTooLarge):
+        headers["connection"] = "close"  # what may still come of the body is nobody's request
     return Response(msgspec.json.encode(body), status_of(error), headers, "application/json")
 
 
@@ -81,6 +97,10 @@ async def _http(request: Request, error: Exception) -> Response:
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         return _answer(request, MethodNotAllowed(f"{path} does not take {request.method}"))
     return _answer(request, InvalidRequest(str(error.detail)))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return _answer(request, InvalidRequest("the client closed its connection before the body was complete"))
 
 
 async def _unknown(request: Request, error: Exception) -> Response:

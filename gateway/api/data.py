@@ -8,6 +8,7 @@ same (``gateway/api/document.py``).
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from core.clock import Clock
 from core.completer import Served
 from core.errors import (
     ConnectionLimit,
+    Draining,
     ForebayError,
     InternalError,
     InvalidRequest,
@@ -142,11 +144,8 @@ class DataPlane:
         except ForebayError as error:
             await self._refuse(endpoint, exchange, error)
         except asyncio.CancelledError:
-            # Either the client has left, or it takes nothing and its connection is cut; the server's own end cancels
-            # nothing before its drain is over.
             if not exchange.has_left:
-                exchange.error = exchange.run.error if exchange.run is not None else None
-                exchange.connection.abort()
+                await self._cut(endpoint, exchange)
         except Exception as error:  # noqa: BLE001 - the border of a request
             _log.exception("request_failed", request_id=exchange.id)
             await self._refuse(endpoint, exchange, InternalError(f"an internal error; its id is {exchange.id}"))
@@ -177,13 +176,13 @@ class DataPlane:
         self._num_open[principal.tenant] += 1
         run.reader = exchange.task = asyncio.current_task()
         exchange.connection.watch(exchange.leave)
-        exchange.served = served = await run.first_byte()
-        exchange.first_byte_at = now = self._clock.monotonic()
-        exchange.status = 200
         if call.stream:
-            await self._send_stream(run, served, exchange, now)
+            run.sink = partial(self._deliver, exchange, run)
+            await run.first_byte()
+            await self._send_stream(run, exchange)
         else:
-            await self._send_whole(run, served, exchange, now)
+            await run.first_byte()
+            await self._send_whole(run, exchange)
 
     async def _read_body(self, receive: Receive, exchange: _Exchange) -> bytes:
         """Return the whole body, which the connection waits for only so long. Raises ``RequestTooLarge``."""
@@ -199,7 +198,12 @@ class DataPlane:
             raise RequestTooLarge(f"the body has {len(body)} bytes; {limit} are accepted")
         return body
 
-    def _answer_headers(self, served: Served, exchange: _Exchange, now: float) -> list[tuple[bytes, bytes]]:
+    def _begin(self, run: Run, exchange: _Exchange) -> list[tuple[bytes, bytes]]:
+        """Commit to an answer and return the headers that every answer has."""
+        served = exchange.served = run.served
+        assert served is not None
+        exchange.status = 200
+        exchange.first_byte_at = now = self._clock.monotonic()
         overhead_s = now - exchange.started_at - served.queue_s - served.engine_s
         request_id = exchange.id.encode()
         return [
@@ -212,9 +216,9 @@ class DataPlane:
             (b"x-forebay-overhead-ms", b"%.2f" % (overhead_s * 1000)),
         ]
 
-    async def _send_whole(self, run: Run, served: Served, exchange: _Exchange, now: float) -> None:
+    async def _send_whole(self, run: Run, exchange: _Exchange) -> None:
         body = b"".join(run.journal.frames)
-        headers = self._answer_headers(served, exchange, now)
+        headers = self._begin(run, exchange)
         headers += (_JSON, _CACHE, (b"content-length", b"%d" % len(body)))
         corked = exchange.connection.corked
         corked.cork()
@@ -222,18 +226,32 @@ class DataPlane:
         await exchange.send({"type": "http.response.body", "body": body})
         corked.uncork()
 
-    async def _send_stream(self, run: Run, served: Served, exchange: _Exchange, now: float) -> None:
-        send = exchange.send
-        headers = self._answer_headers(served, exchange, now)
+    def _deliver(self, exchange: _Exchange, run: Run, frames: bytes) -> bool:
+        """Write frames of a stream, after its head if they are the first; False, and nothing, if the client lags."""
+        connection = exchange.connection
+        if exchange.status:
+            return connection.try_write(frames)
+        if connection.lags:
+            return False
+        connection.corked.cork()
+        connection.send_now({"type": "http.response.start", "status": 200, "headers": self._stream_head(run, exchange)})
+        connection.try_write(frames)
+        connection.corked.uncork()
+        return True
+
+    def _stream_head(self, run: Run, exchange: _Exchange) -> list[tuple[bytes, bytes]]:
+        headers = self._begin(run, exchange)
         headers += _STREAM
-        corked = exchange.connection.corked
-        corked.cork()
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        run.sink = exchange.connection.try_write
+        return headers
+
+    async def _send_stream(self, run: Run, exchange: _Exchange) -> None:
+        """Send what the sink could not take, and the end."""
+        send = exchange.send
+        if not exchange.status:
+            await send({"type": "http.response.start", "status": 200, "headers": self._stream_head(run, exchange)})
         try:
             async for piece in run.chunks():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-                corked.uncork()
         except ForebayError as error:
             # The status line has been sent: the error goes into the stream, and ends it.
             exchange.error = error
@@ -264,6 +282,21 @@ class DataPlane:
             headers.append((b"connection", b"close"))  # what may still come of the body is nobody's request
         await exchange.send({"type": "http.response.start", "status": exchange.status, "headers": headers})
         await exchange.send({"type": "http.response.body", "body": body})
+
+    async def _cut(self, endpoint: Endpoint, exchange: _Exchange) -> None:
+        """End an answer whose client takes nothing, or which outlasts the server's drain."""
+        exchange.error = exchange.run.error if exchange.run is not None else None
+        if exchange.error is not None or not self._chat.is_draining:
+            exchange.connection.abort()
+            return
+        error = Draining("the server is shutting down, and cannot wait for this answer any longer", retry_after=1.0)
+        if exchange.status and exchange.call is not None and exchange.call.stream:
+            exchange.error = error
+            frame = frame_of(error, endpoint, exchange.id)
+            await exchange.send({"type": "http.response.body", "body": frame})
+            exchange.connection.corked.uncork()
+        else:
+            await self._refuse(endpoint, exchange, error)
 
     def _close(self, endpoint: Endpoint, exchange: _Exchange) -> None:
         """Let go of the call and book it."""

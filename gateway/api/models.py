@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from core.errors import NoHealthyWorker, UnknownModel
 from engines.driver import Driver
 from engines.worker import State
+from gateway.api.common import read_body
 from gateway.api.requests import find_model, parse_body
 from gateway.auth import Principal
 from gateway.services import Services
@@ -36,7 +37,7 @@ def model_routes(services: Services) -> APIRouter:
 
     async def asked(request: Request) -> tuple[dict[str, Any], Driver]:
         principal = identify(request)
-        body = parse_body(await request.body())
+        body = parse_body(await read_body(request, services.settings.server.max_body))
         body.pop("forebay", None)
         model = find_model(body, services.catalog, principal)
         return {**body, "model": model.name}, _driver_of(model, services)

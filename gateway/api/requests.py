@@ -266,13 +266,13 @@ def _timeouts(given: Any, model: Timeouts) -> Timeouts:
         param = f"forebay.timeouts.{name[:64]}"
         if name not in _TIMEOUTS:
             raise UnsupportedParameter(f"`{param}` is unknown; known are {', '.join(_TIMEOUTS)}", param=param)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if type(value) not in {int, float} or not 0 < value < math.inf:
             raise InvalidRequest(f"`{param}` has to be a positive number of seconds", param=param)
-        chosen[name] = min(float(value), model.total)
+        chosen[name] = float(min(value, model.total))
     return msgspec.structs.replace(model, **chosen)
 
 
 def _fallbacks(given: Any, catalog: Catalog, principal: Principal) -> tuple[ModelName, ...]:
-    if not isinstance(given, list) or len(given) > 8:
+    if not isinstance(given, list) or len(given) > 8 or not all(isinstance(name, str) for name in given):
         raise InvalidRequest("`forebay.fallbacks` has to be an array of at most 8 models", param="forebay.fallbacks")
     return tuple(find_model({"model": name}, catalog, principal).name for name in given)

@@ -29,7 +29,7 @@ async def engines() -> AsyncIterator[tuple[FakeEngine, FakeEngine]]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def front(engines: tuple[FakeEngine, FakeEngine]) -> AsyncIterator[GatewayProcess]:
-    """`fake` has the first engine, `other` the second, `both` has both; what waits longer than 2 s is not waited for."""
+    """`fake` has the first engine, `other` the second, `both` has both; none is waited for longer than 2 s."""
     first, second = (attached(engine.url, served_name="fake")["workers"][0] for engine in engines)
     models = {"fake": {"workers": [first]}, "other": {"workers": [second]}, "both": {"workers": [first, second]}}
     async with GatewayProcess(models, retry={"attempts": 3, "max_retry_after": 2}) as gateway:
@@ -203,18 +203,19 @@ class TestHealth:
 
     async def test_an_engine_too_busy_to_be_probed_keeps_its_streams_and_gets_more(self) -> None:
         async with Replay("fake") as engine:
-            engine.says_stream(CHAT, [frame(index) for index in range(60)] + [frame(60, "stop"), DONE], pause_s=0.1)
+            engine.says_stream(CHAT, [frame(index) for index in range(45)] + [frame(45, "stop"), DONE], pause_s=0.1)
             lifecycle = {"probe_interval": 0.1, "fall": 1}
-            async with GatewayProcess({"fake": attached(engine.url, lifecycle=lifecycle)}) as gateway:
-                async with connected(gateway) as client:
-                    client.ask(CHAT, chat(stream=True))
-                    await client.head()
-                    engine.is_silent = True
-                    await asyncio.sleep(3.0)  # longer than a probe may take
-                    late = await ask(gateway, CHAT, chat(stream=True, forebay={"timeouts": {"queue": 2}}))
-                    assert late.status == 200
-                    assert DONE in late.body
-                    assert DONE in await client.rest()
+            model = attached(engine.url, lifecycle=lifecycle)
+            async with GatewayProcess({"fake": model}) as gateway, connected(gateway) as client:
+                client.ask(CHAT, chat(stream=True))
+                await client.head()
+                engine.is_silent = True
+                await asyncio.sleep(3.0)  # longer than a probe may take
+                engine.says_stream(CHAT, [frame(0, "stop"), DONE])
+                late = await ask(gateway, CHAT, chat(stream=True, forebay={"timeouts": {"queue": 2}}))
+                assert late.status == 200
+                assert DONE in late.body
+                assert DONE in await client.rest()
 
 
 DONE = b"data: [DONE]\n\n"

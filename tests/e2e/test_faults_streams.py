@@ -167,7 +167,9 @@ class TestUsage:
     ) -> None:
         await engine.faults(usage_with_choices=with_choices)
         texts = ("Hi.", "Ünï" * 40, "one two " * 100)
-        ids = [[f"cost-{kind.name}-{with_choices}-{at}-{how}" for how in ("stream", "whole")] for at in range(len(texts))]
+        ids = [
+            [f"cost-{kind.name}-{with_choices}-{at}-{how}" for how in ("stream", "whole")] for at in range(len(texts))
+        ]
         for text, (stream_id, whole_id) in zip(texts, ids, strict=True):
             body = asked(next(one for one in kinds(text) if one.name == kind.name))
             for request_id, streams in ((stream_id, True), (whole_id, False)):
@@ -276,7 +278,9 @@ class TestErrors:
 
     @pytest.mark.parametrize("kind", STREAMED, ids=by_name)
     @pytest.mark.parametrize(
-        "fault", [{"error_first": True}, {"malformed_after": 0}, {"cut_after": 0}, {"refuse_status": 500}], ids=fault_name
+        "fault",
+        [{"error_first": True}, {"malformed_after": 0}, {"cut_after": 0}, {"refuse_status": 500}],
+        ids=fault_name,
     )
     async def test_a_fault_before_the_first_byte_sends_the_request_to_another_worker(
         self, pair: GatewayProcess, engine: FakeEngine, kind: Kind, fault: dict[str, Any]

@@ -67,7 +67,7 @@ async def until_all_ready(gateway: GatewayProcess) -> None:
 
 async def until_all_run(gateway: GatewayProcess) -> None:
     async def do_run() -> bool:
-        return sum(worker["running"] for worker in await workers(gateway)) == NUM_STREAMS
+        return sum(int(worker["running"]) for worker in await workers(gateway)) == NUM_STREAMS
 
     await until(do_run, "all streams run")
 
@@ -167,9 +167,7 @@ class TestDrain:
                 assert refused.json["error"]["code"] == "draining"
                 assert int(refused.headers["retry-after"]) >= 1
                 assert refused.headers["x-should-retry"] == "true"
-                answers = [
-                    Answer(*head, await client.rest()) for head, client in zip(heads, clients, strict=True)
-                ]
+                answers = [Answer(*head, await client.rest()) for head, client in zip(heads, clients, strict=True)]
                 assert all(is_whole(answer) for answer in answers)
                 assert {len(answer.events) for answer in answers} <= {41, 42}
                 assert await gateway.wait(10) == 0
@@ -178,26 +176,31 @@ class TestDrain:
 
     async def test_drain_timeout_bounds_it(self) -> None:
         async with FakeEngine(model="fake", itl_ms=200, tokens=1000) as engine:
-            server = {"drain_timeout": 1}
-            async with GatewayProcess({"fake": attached(engine.url)}, server=server) as gateway:
-                async with connected(gateway) as client, connected(gateway) as waiting:
-                    client.ask(CHAT, chat())
-                    head = await client.head()
-                    waiting.ask(CHAT, chat(stream=False))
-                    await engine.until(in_flight=2)
-                    began = time.monotonic()
-                    gateway.terminate()
-                    cut = Answer(*head, await client.rest())
-                    refused = await waiting.answer()
-                    assert await gateway.wait(15) == 0
-                    assert 1 <= time.monotonic() - began < 8
+            async with (
+                GatewayProcess({"fake": attached(engine.url)}, server={"drain_timeout": 1}) as gateway,
+                connected(gateway) as client,
+                connected(gateway) as waiting,
+            ):
+                client.ask(CHAT, chat())
+                head = await client.head()
+                waiting.ask(CHAT, chat(stream=False))
+                await engine.until(in_flight=2)
+                began = time.monotonic()
+                gateway.terminate()
+                cut = Answer(*head, await client.rest())
+                refused = await waiting.answer()
+                assert await gateway.wait(15) == 0
+                assert 1 <= time.monotonic() - began < 8
             assert [error["error"]["code"] for error in cut.errors] == ["draining"]
             assert refused.status == 503
             assert refused.json["error"]["code"] == "draining"
             await engine.until(in_flight=0)
 
     async def test_an_idle_gateway_goes_at_once(self) -> None:
-        async with FakeEngine(model="fake") as engine, GatewayProcess({"fake": attached(engine.url)}) as gateway:
-            async with connected(gateway):
-                gateway.terminate()
-                assert await gateway.wait(5) == 0
+        async with (
+            FakeEngine(model="fake") as engine,
+            GatewayProcess({"fake": attached(engine.url)}) as gateway,
+            connected(gateway),
+        ):
+            gateway.terminate()
+            assert await gateway.wait(5) == 0

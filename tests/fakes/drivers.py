@@ -11,6 +11,7 @@ from core.ids import ModelName, RequestId, TenantId
 from engines.driver import Capabilities, Chunk, Health, Load
 
 _numbers = itertools.count(1)
+_TIMEOUTS = Timeouts()
 
 
 def call(
@@ -21,7 +22,7 @@ def call(
     stream: bool = True,
     wants_usage: bool = False,
     endpoint: Endpoint = Endpoint.CHAT,
-    timeouts: Timeouts = Timeouts(),
+    timeouts: Timeouts = _TIMEOUTS,
     prompt_tokens: int = 4,
     max_tokens: int = 16,
     fallbacks: tuple[str, ...] = (),
@@ -90,6 +91,10 @@ class ScriptedDriver:
         self.settle_error: Exception | None = None
         self.is_closed = False
         self.state: Health = "ok"
+
+    def plays(self, *scripts: Script) -> None:
+        """Replace the scripts that are still to come."""
+        self._scripts = list(scripts)
 
     async def run(self, call: Call) -> AsyncIterator[Chunk]:
         """Play a script."""

@@ -88,8 +88,8 @@ class Replay:
         return web.Response()
 
     async def _probed(self) -> None:
-        while self.is_silent:
-            await asyncio.sleep(0.05)
+        if self.is_silent:
+            await asyncio.get_running_loop().create_future()
 
 
 async def stream(request: web.Request, pieces: Iterable[bytes], *, pause_s: float = 0.0) -> web.StreamResponse:

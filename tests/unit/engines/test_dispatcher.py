@@ -40,6 +40,7 @@ from tests.fakes.workers import view
 ONE, TWO, DONE = b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n"
 TIMES = Timeouts(queue=5.0, first_token=10.0, idle=3.0, total=60.0)
 M0 = WorkerId("m-0")
+BOUNDS, LIMITS = Bounds(), Limits()
 
 
 class House:
@@ -66,8 +67,8 @@ class House:
 async def house(
     *scripts: Script | ScriptedDriver,
     slots: int = 1,
-    bounds: Bounds = Bounds(),
-    limits: Limits = Limits(),
+    bounds: Bounds = BOUNDS,
+    limits: Limits = LIMITS,
 ) -> AsyncIterator[House]:
     """Open a house; when it closes, nothing may be left of any request."""
     drivers = [script if isinstance(script, ScriptedDriver) else ScriptedDriver(script) for script in scripts]
@@ -396,7 +397,7 @@ async def test_a_reader_that_takes_nothing_is_cut() -> None:
 
         await home.pass_time(0.1)
 
-        assert isinstance(run.error, ClientIdle)
+        assert isinstance(run.journal.error, ClientIdle)
         assert (reader.cancelled(), driver.closed) == (True, 1)
 
 
@@ -470,10 +471,13 @@ async def test_emptied_returns_when_the_last_answer_is_closed() -> None:
 
 
 async def test_whoever_leaves_with_an_error_gets_that_error() -> None:
-    with pytest.raises(KeyError):
+    async def leave() -> None:
         async with house((Gate(),)) as home:
             home.start(call())
             raise KeyError
+
+    with pytest.raises(KeyError):
+        await leave()
 
 
 async def test_leaving_tells_everybody_who_waits() -> None:
@@ -485,7 +489,8 @@ async def test_leaving_tells_everybody_who_waits() -> None:
         await calm()
         home.start(call(stream=False), inline=True)
 
-    assert all(isinstance(await reader, Draining) for reader in readers)
+    for reader in readers:
+        assert isinstance(await reader, Draining)
 
 
 STEPS = st.sampled_from(

@@ -16,7 +16,7 @@ def queues(*names: str) -> TenantQueues:
 
 
 def turns(waiting: TenantQueues) -> list[str]:
-    order = []
+    order: list[str] = []
     while (turn := waiting.first(lambda _: True)) is not None:
         waiting.serve(*turn)
         order.append(turn[1])

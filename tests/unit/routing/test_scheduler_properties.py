@@ -13,7 +13,17 @@ from tests.unit.routing.world import World, starts
 
 WORKERS = ("m-0", "m-1", "n-0")
 MODELS = (("m",), ("n",), ("m", "n"), ("n", "m"))
-CAUSES: tuple[Cause, ...] = ("done", "refused", "busy", "broken", "lost", "unreachable", "timed_out", "aborted")
+CAUSES: tuple[Cause, ...] = (
+    "done",
+    "refused",
+    "busy",
+    "broken",
+    "lost",
+    "unreachable",
+    "timed_out",
+    "hurried",
+    "aborted",
+)
 LIMITS = Limits(queue=5, queue_per_tenant=3, attempts=2, max_retry_after=10.0)
 
 

@@ -22,11 +22,13 @@ from routing.scheduler import (
     WorkerView,
 )
 
+LIMITS = Limits()
+
 
 class World:
     """What the scheduler has been told, what it said, and what must be true in between."""
 
-    def __init__(self, *views: WorkerView, limits: Limits = Limits()) -> None:
+    def __init__(self, *views: WorkerView, limits: Limits = LIMITS) -> None:
         self.limits = limits
         self.scheduler = Scheduler(limits)
         self.now = 100.0
