@@ -4,10 +4,10 @@ Claim: no stream is cut by a drain; a request that has no byte yet survives the 
 every end of vLLM, however violent, no process of it is left and its GPU memory is free again.
 
 Method: a gateway (`python -m gateway serve`) launches vLLM from a settings file, as an operator would. A process is
-vLLM's if it is in the session that the worker leads, or has a token of this run in its environment. Memory is nvidia-smi's figure for
-the GPU, against the figure before the first start; nothing else may use the GPU meanwhile. With random weights
-(`--load-format dummy`) nothing is said of answers but their number of tokens. One run is one history of five starts:
-what is shown is that it holds, and how long things took once.
+vLLM's if it is in the session that the worker leads, or has a token of this run in its environment. Memory is
+nvidia-smi's figure for the GPU, against the figure before the first start; nothing else may use the GPU meanwhile. With
+random weights (`--load-format dummy`) nothing is said of answers but their number of tokens. One run is one history of
+five starts: what is shown is that it holds, and how long things took once.
 
     python -m benchmarks.gpu_lifecycle --source MODEL                         `vllm serve` of this Python or of PATH
     python -m benchmarks.gpu_lifecycle --source MODEL --command '["python3", "-m",

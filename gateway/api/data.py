@@ -234,7 +234,9 @@ class DataPlane:
         if connection.lags:
             return False
         connection.corked.cork()
-        connection.send_now({"type": "http.response.start", "status": 200, "headers": self._stream_head(run, exchange)})
+        connection.send_now(
+            exchange.send, {"type": "http.response.start", "status": 200, "headers": self._stream_head(run, exchange)}
+        )
         connection.try_write(frames)
         connection.corked.uncork()
         return True

@@ -445,6 +445,14 @@ class TestBadHttp:
             client.write(raw)
             assert (await client.answer()).status == 200
 
+    async def test_requests_that_come_at_once_are_answered_in_order(self, front: GatewayProcess) -> None:
+        async with connected(front) as client:
+            for number in range(4):
+                client.ask(CHAT, chat(stream=number % 2 == 0), headers={"x-request-id": f"pipelined-{number}"})
+            answers = [await client.answer() for _ in range(4)]
+        assert [answer.headers["x-request-id"] for answer in answers] == [f"pipelined-{number}" for number in range(4)]
+        assert {answer.status for answer in answers} == {200}
+
     async def test_a_connection_serves_one_request_after_another(self, front: GatewayProcess) -> None:
         async with connected(front) as client:
             for body, status in ((chat(), 200), (chat(n=0), 400), (chat(stream=True), 200), (chat(), 200)):
@@ -475,14 +483,16 @@ class TestSlowClients:
             trickling.cancel()
         assert 0.9 < time.monotonic() - began < 4
 
-    @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/tokenize"])
-    async def test_a_body_that_stalls_is_told_and_closed_in_time(self, front: GatewayProcess, path: str) -> None:
-        async with connected(front) as client:
-            client.ask(path, b'{"model"', headers={"content-length": "100"})
-            began = time.monotonic()
-            assert_refused(await client.answer(), 408, "request_timeout", path=path)
-            await client.closed()
-        assert 0.9 < time.monotonic() - began < 4
+    async def test_a_body_that_stalls_is_told_and_closed_in_time(self, front: GatewayProcess) -> None:
+        async def stall(path: str) -> None:
+            async with connected(front) as client:
+                client.ask(path, b'{"model"', headers={"content-length": "100"})
+                began = time.monotonic()
+                assert_refused(await client.answer(), 408, "request_timeout", path=path)
+                await client.closed()
+            assert 0.9 < time.monotonic() - began < 4
+
+        await asyncio.gather(*(stall(path) for path in (CHAT, "/v1/messages", "/tokenize")))
 
     async def test_a_connection_that_says_nothing_is_closed(self, front: GatewayProcess) -> None:
         async with connected(front) as client:

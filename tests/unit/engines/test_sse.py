@@ -58,7 +58,7 @@ def play(
             num_tokens += reader.num_tokens
         if reader.error is not None:
             break
-    return Played(out, reader.usage, num_tokens, reader.error, reader.is_done)
+    return Played(out, reader.usage, num_tokens, reader.error, reader.is_done and reader.error is None)
 
 
 def frame(event: Any, style: tuple[str, str] = (",", ":"), newline: str = "\n", name: str = "") -> bytes:
