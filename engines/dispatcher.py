@@ -289,7 +289,8 @@ class Dispatcher:
         run.progress_at = now
         if chunk.usage is not None:
             journal.usage = chunk.usage
-        if chunk.raw and not run.has_first_byte:
+        is_first = bool(chunk.raw) and not run.has_first_byte
+        if is_first:
             run.has_first_byte = True
             run.served = Served(
                 model=start.model,
@@ -298,13 +299,14 @@ class Dispatcher:
                 queue_s=run.queue_s,
                 engine_s=now - run.leg_started_at,
             )
-            if run.call.stream:
-                self._feed(FirstToken(leg=start.leg))
         if journal.num_undelivered_bytes == 0:
             run.lags_since = now
+        journal.append(chunk.raw, chunk.num_tokens)
+        # The client comes first, the books after.
+        if is_first and run.call.stream:
+            self._feed(FirstToken(leg=start.leg))
         if chunk.num_tokens and run.watches_progress:
             self._feed(Tokens(leg=start.leg, num=chunk.num_tokens))
-        journal.append(chunk.raw, chunk.num_tokens)
 
     def _close(self, run: Run) -> None:
         if self._runs.get(run.call.id) is not run:

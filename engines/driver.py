@@ -7,8 +7,9 @@ import msgspec
 
 from core.chat import Call, Usage
 
-Health = Literal["ok", "loading", "unhealthy", "unreachable"]
-"""``loading``: answers, not ready yet. ``unhealthy``: answers, and says it is ill. ``unreachable``: no answer."""
+Health = Literal["ok", "loading", "unhealthy", "silent", "unreachable"]
+"""``loading``: answers, not ready yet. ``unhealthy``: answers, and says it is ill. ``silent``: takes the connection and
+does not answer in time; too busy for a probe, perhaps, and that is no absence. ``unreachable``: nobody there."""
 
 
 class Chunk(msgspec.Struct):

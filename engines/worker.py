@@ -84,7 +84,7 @@ class Life:
         self._is_well = False
         self._num_good = 0
         self._num_bad = 0
-        self._num_silent = 0
+        self._num_absent = 0
         self._ill_since: float | None = None
         self._ready_since: float | None = None
         self._crashes = 0
@@ -122,7 +122,7 @@ class Life:
     @property
     def is_out_of_reach(self) -> bool:
         """Whether the last ``fall`` probes found nobody there. Means something only where we own no process."""
-        return self._num_silent >= self._lifecycle.fall
+        return self._num_absent >= self._lifecycle.fall
 
     # Events
 
@@ -150,7 +150,7 @@ class Life:
         is_good = health == "ok"
         self._num_good = self._num_good + 1 if is_good else 0
         self._num_bad = 0 if is_good else self._num_bad + 1
-        self._num_silent = self._num_silent + 1 if health == "unreachable" else 0
+        self._num_absent = self._num_absent + 1 if health == "unreachable" else 0
         if health != "unhealthy":
             self._ill_since = None
         elif self._ill_since is None:
@@ -190,7 +190,7 @@ class Life:
         return ready_since is not None and self._clock.monotonic() - ready_since >= self._lifecycle.backoff_reset
 
     def _forget_probes(self) -> None:
-        self._num_good = self._num_bad = self._num_silent = 0
+        self._num_good = self._num_bad = self._num_absent = 0
         self._ill_since = None
         self._is_well = False
 

@@ -20,6 +20,9 @@ Cause = Literal["done", "refused", "busy", "broken", "lost", "unreachable", "tim
 """How a leg ended. ``refused``: the request's own fault; ``unreachable``: the worker never saw the request;
 ``hurried``: it missed a deadline of the caller's own choice, which says nothing of the worker."""
 
+BUSY_PAUSE_S = 0.1
+"""How long a request first stays away from a model whose engine is busy and does not say for how long."""
+
 Why = Literal["queue_full", "queue_timeout", "no_healthy_worker", "failed"]
 
 
@@ -315,13 +318,22 @@ class Scheduler:
         request.tried.add(leg.worker)
         if event.cause != "unreachable":
             request.num_attempts += 1
-        advice = event.retry_after or 0.0
+        advice = self._pause_after(request, event)
         if request.num_attempts >= self._limits.attempts or advice > self._limits.max_retry_after:
             return self._fall_back(request, event.now, Reject(request.id, why="failed", retry_after=event.retry_after))
         request.not_before = event.now + advice
         if event.cause != "unreachable":  # else it has waited all the while, and tries without end have to end
             request.deadline = event.now + request.queue_timeout
         return self._enqueue(request, event.now, front=True)
+
+    def _pause_after(self, request: _Request, event: LegEnded) -> float:
+        """Return how long the request stays away: as the engine says, else a little if all workers are busy."""
+        if event.retry_after is not None or event.cause != "busy":
+            return event.retry_after or 0.0
+        workers = self._by_model.get(request.model, ())
+        if any(worker.view.is_ready and worker.view.id not in request.tried for worker in workers):
+            return 0.0
+        return BUSY_PAUSE_S * 2.0 ** (request.num_attempts - 1)
 
     def _enqueue(self, request: _Request, now: float, *, front: bool) -> list[Effect]:
         """Start the request if a worker has room and nobody waits before it; queue it otherwise."""

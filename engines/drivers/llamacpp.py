@@ -98,11 +98,12 @@ class LlamaCppDriver:
 
     async def health(self) -> Health:
         """Ask ``/health``; llama.cpp answers 503 while it loads."""
-        try:
-            status, _ = await self._wire.fetch("/health")
-        except ForebayError:
-            return "unreachable"
-        return {200: "ok", 503: "loading"}.get(status, "unhealthy")  # type: ignore[return-value] # three literals
+        answer = await self._wire.probe("/health")
+        if isinstance(answer, str):
+            return answer
+        if answer == 503:
+            return "loading"
+        return "ok" if answer == 200 else "unhealthy"
 
     async def load(self) -> Load | None:
         """Count busy slots."""

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from core.chat import Call, Endpoint
-from core.errors import ConnectTimeout, ForebayError, UnsupportedParameter, UpstreamError, WorkerUnreachable
+from core.errors import ForebayError, UnsupportedParameter, UpstreamError
 from engines.driver import Capabilities, Chunk, Health, Load
 from engines.drivers.sse import StreamReader
 from engines.drivers.wire import Wire
@@ -86,13 +86,10 @@ class OpenAIDriver:
 
     async def health(self) -> Health:
         """Return ``ok`` if the endpoint answers at all: a provider may hide its list of models."""
-        try:
-            status, _ = await self._wire.fetch("/v1/models")
-        except (WorkerUnreachable, ConnectTimeout):
-            return "unreachable"
-        except ForebayError:
-            return "unhealthy"  # it took the connection: too busy for a probe, perhaps, and that is no absence
-        return "ok" if status < 500 else "unhealthy"
+        answer = await self._wire.probe("/v1/models")
+        if isinstance(answer, str):
+            return answer
+        return "ok" if answer < 500 else "unhealthy"
 
     async def load(self) -> Load | None:
         """Return None: a foreign endpoint does not tell."""

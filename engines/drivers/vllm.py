@@ -54,13 +54,12 @@ class VllmDriver(OpenAIDriver):
 
     async def health(self) -> Health:
         """Ask ``/health``; vLLM answers 503 once its engine process is dead."""
-        try:
-            status, _ = await self._engine.fetch("/health")
-        except ForebayError:
-            return "unreachable"
-        if status == 200:
+        answer = await self._engine.probe("/health")
+        if isinstance(answer, str):
+            return answer
+        if answer == 200:
             self._is_dead = False
-        return "ok" if status == 200 else "unhealthy"
+        return "ok" if answer == 200 else "unhealthy"
 
     async def load(self) -> Load | None:
         """Read ``/metrics``."""

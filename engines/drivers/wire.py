@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakSet
 
 import aiohttp
@@ -148,6 +148,16 @@ class Wire:
                 method, self._url(path), data=data, timeout=timeout, allow_redirects=False
             ) as response:
                 return response.status, await response.read()
+
+    async def probe(self, path: str) -> int | Literal["silent", "unreachable"]:
+        """Return the status that a GET answers, or what it means that there is none. Never raises."""
+        try:
+            status, _ = await self.fetch(path)
+        except (WorkerUnreachable, ConnectTimeout):
+            return "unreachable"
+        except ForebayError:
+            return "silent"
+        return status
 
     async def close(self) -> None:
         """Close every connection. Who waits for an answer gets a ``WorkerLost``."""

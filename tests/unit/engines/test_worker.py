@@ -67,6 +67,16 @@ def test_fewer_bad_probes_than_fall_change_nothing(ready: Life) -> None:
     assert ready.healthy
 
 
+def test_one_that_is_too_busy_for_probes_is_neither_absent_nor_ill_for_good(ready: Life, clock: ManualClock) -> None:
+    for _ in range(10):
+        probe(ready, "silent")
+        clock.advance(10)
+
+    assert not ready.healthy
+    assert not ready.is_out_of_reach
+    assert not ready.is_ill_for_good
+
+
 def test_fall_bad_probes_in_a_row_make_it_unhealthy_and_leave_it_ready(ready: Life) -> None:
     probe(ready, "unreachable", "unhealthy", "loading")
 
@@ -100,7 +110,7 @@ def test_a_worker_that_only_says_it_is_ill_is_ill_for_good_in_the_end(ready: Lif
     assert ready.is_ill_for_good
 
 
-@pytest.mark.parametrize("answer", ["ok", "loading", "unreachable"])
+@pytest.mark.parametrize("answer", ["ok", "loading", "silent", "unreachable"])
 def test_any_other_answer_starts_the_count_of_illness_anew(ready: Life, clock: ManualClock, answer: Health) -> None:
     probe(ready, "unhealthy", "unhealthy", "unhealthy")
     clock.advance(ILL_FOR_GOOD_S - 1)
@@ -221,7 +231,7 @@ def test_a_new_start_forgets_what_probes_said_of_the_last_one(ready: Life) -> No
     assert ready.healthy
 
 
-@given(st.lists(st.sampled_from(["ok", "loading", "unhealthy", "unreachable"]), max_size=60))
+@given(st.lists(st.sampled_from(["ok", "loading", "silent", "unhealthy", "unreachable"]), max_size=60))
 def test_health_follows_the_runs_of_equal_answers(answers: list[Health]) -> None:
     life = Life(TIMES, ManualClock())
     life.start_began()

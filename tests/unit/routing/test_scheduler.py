@@ -2,7 +2,7 @@
 
 import pytest
 
-from routing.scheduler import Abort, Cause, FirstToken, LegEnded, Limits, Reject, Tokens, WorkerView
+from routing.scheduler import BUSY_PAUSE_S, Abort, Cause, FirstToken, LegEnded, Limits, Reject, Tokens, WorkerView
 from tests.fakes.workers import view
 from tests.unit.routing.world import World, rejects, starts
 
@@ -138,10 +138,10 @@ def test_what_an_engine_refuses_is_not_tried_again() -> None:
 def test_attempts_are_bounded() -> None:
     world = World(view(), limits=Limits(attempts=3))
     world.submit("a")
-    world.end("a/0", "busy")
-    world.end("a/1", "busy")
+    world.end("a/0", "busy", 0.0)
+    world.end("a/1", "busy", 0.0)
 
-    assert rejects(world.end("a/2", "busy")) == [("a", "failed")]
+    assert rejects(world.end("a/2", "busy", 0.0)) == [("a", "failed")]
 
 
 def test_a_leg_that_no_worker_saw_is_no_attempt() -> None:
@@ -171,7 +171,7 @@ def test_a_retried_request_goes_before_those_that_wait() -> None:
     world.submit("second", "y")
     world.submit("third", "x")
 
-    assert starts(world.end("first/0", "busy")) == [("first", "m-0")]
+    assert starts(world.end("first/0", "lost")) == [("first", "m-0")]
 
 
 def test_an_engines_advice_is_followed_before_the_retry() -> None:
@@ -182,6 +182,26 @@ def test_an_engines_advice_is_followed_before_the_retry() -> None:
 
     assert world.advance(2.9) == []
     assert starts(world.advance(0.1)) == [("a", "m-0")]
+
+
+def test_a_busy_engine_without_advice_is_left_alone_a_little_longer_each_time() -> None:
+    world = World(view())
+    world.submit("a")
+    world.end("a/0", "busy")
+    assert world.advance(BUSY_PAUSE_S * 0.9) == []
+    assert starts(world.advance(BUSY_PAUSE_S * 0.1)) == [("a", "m-0")]
+
+    world.end("a/1", "busy")
+
+    assert world.advance(BUSY_PAUSE_S * 1.9) == []
+    assert starts(world.advance(BUSY_PAUSE_S * 0.2)) == [("a", "m-0")]
+
+
+def test_another_worker_is_tried_at_once_when_one_is_busy() -> None:
+    world = World(view(), view("m-1"))
+    world.submit("a")
+
+    assert starts(world.end("a/0", "busy")) == [("a", "m-1")]
 
 
 def test_advice_that_is_too_long_ends_the_tries() -> None:

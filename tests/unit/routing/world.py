@@ -4,6 +4,7 @@ from collections import Counter
 
 from core.ids import LegId, ModelName, RequestId, TenantId, WorkerId
 from routing.scheduler import (
+    BUSY_PAUSE_S,
     Abort,
     Cancel,
     Cause,
@@ -43,6 +44,7 @@ class World:
         self._not_before: dict[tuple[RequestId, ModelName], float] = {}
         self._attempts: Counter[tuple[RequestId, ModelName]] = Counter()
         self._model_index: dict[RequestId, int] = {}
+        self._tried: dict[RequestId, set[WorkerId]] = {}
         for view in views:
             self.worker(view)
 
@@ -67,10 +69,18 @@ class World:
         request = start.request
         if cause != "unreachable":
             self._attempts[request, start.model] += 1
-        self._not_before[request, start.model] = self.now + (retry_after or 0.0)
+        self._tried.setdefault(request, set()).add(start.worker)
+        pause = retry_after if retry_after is not None else self._busy_pause(start) if cause == "busy" else 0.0
+        self._not_before[request, start.model] = self.now + pause
         if cause == "done" or request in self.cancelled:
             self._end(request, "leg")
         return self.feed(LegEnded(leg=start.leg, cause=cause, now=self.now, retry_after=retry_after))
+
+    def _busy_pause(self, start: Start) -> float:
+        ready = {view.id for view in self.views.values() if view.model == start.model and view.is_ready}
+        if ready - self._tried[start.request]:
+            return 0.0
+        return BUSY_PAUSE_S * 2.0 ** (self._attempts[start.request, start.model] - 1)
 
     def first_token(self, leg: str) -> None:
         self.committed.add(self.running[LegId(leg)].request)
