@@ -92,7 +92,7 @@ class RequestTooLarge(InvalidRequest):
 
 
 class UnknownModel(InvalidRequest):
-    """No model of this name, or none that this key may see: the two look alike on purpose."""
+    """No model has this name or alias."""
 
     code = "model_not_found"
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -87,6 +88,7 @@ class Dispatcher:
         self._tasks = asyncio.TaskGroup()
         self._watcher: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
+        self._num_settling: Counter[WorkerId] = Counter()
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
@@ -255,13 +257,20 @@ class Dispatcher:
         except RuntimeError:  # the dispatcher has been left
             settling.close()
             self._leg_done(run, start)
-        else:
-            task.add_done_callback(lambda _: self._leg_done(run, start))
+            return
+        self._num_settling[start.worker] += 1
+
+        def settled(_: object) -> None:
+            self._num_settling[start.worker] -= 1
+            self._leg_done(run, start)
+
+        task.add_done_callback(settled)
 
     async def _settle(self, start: Start, driver: Driver | None) -> None:
         try:
             if driver is not None:
-                await driver.settle(self._scheduler.num_running(start.worker) - 1)
+                worker = start.worker
+                await driver.settle(lambda: self._scheduler.num_running(worker) - self._num_settling[worker])
         except Exception:  # noqa: BLE001 - an error here would end every other leg
             _log.exception("settle_failed", leg=start.leg, worker_id=start.worker)
 

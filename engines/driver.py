@@ -1,6 +1,6 @@
 """What Forebay asks of an engine, whatever engine it is."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Literal, Protocol
 
 import msgspec
@@ -69,8 +69,8 @@ class Driver(Protocol):
     def reports_progress(self, call: Call) -> bool:
         """Whether ``run`` yields while a whole (non-streamed) answer is being made, so that silence means trouble."""
 
-    async def settle(self, num_running: int) -> None:
-        """Return once the engine has really stopped what was cancelled: it runs at most ``num_running`` requests.
+    async def settle(self, num_expected: Callable[[], int]) -> None:
+        """Return once the engine has really stopped what was cancelled: it runs no more requests than are expected.
 
         Returns at once where the engine cannot be asked, and after some seconds in any case.
         """

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -66,11 +66,11 @@ class LlamaCppDriver:
         """Of all but embeddings: whole answers are streamed between the engine and us."""
         return call.endpoint is not Endpoint.EMBEDDINGS
 
-    async def settle(self, num_running: int) -> None:
+    async def settle(self, num_expected: Callable[[], int]) -> None:
         """Return when no more slots are busy than should be, or after twenty seconds."""
         for _ in range(int(_SETTLE_TIMEOUT_S / _SETTLE_POLL_S)):
             load = await self.load()
-            if load is None or load.running <= num_running:
+            if load is None or load.running <= num_expected():
                 return
             await asyncio.sleep(_SETTLE_POLL_S)
 

@@ -1,6 +1,6 @@
 """Any OpenAI-compatible endpoint: a provider, a router, an engine we have no closer driver for."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -60,7 +60,7 @@ class OpenAIDriver:
         """Only of streams: a whole answer comes in one piece at its end."""
         return call.stream
 
-    async def settle(self, num_running: int) -> None:
+    async def settle(self, num_expected: Callable[[], int]) -> None:
         """Return at once: a foreign endpoint cannot be asked whether it has stopped."""
 
     async def tokenize(self, body: dict[str, object]) -> dict[str, object]:

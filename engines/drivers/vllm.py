@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,11 @@ class VllmDriver(OpenAIDriver):
             return WorkerLost("the engine process of this worker has died")
         return super()._meaning_of(error, call)
 
-    async def settle(self, num_running: int) -> None:
+    async def settle(self, num_expected: Callable[[], int]) -> None:
         """Return when vLLM itself runs no more than it should, or after five seconds."""
         for _ in range(int(_SETTLE_TIMEOUT_S / _SETTLE_POLL_S)):
             load = await self.load()
-            if load is None or load.running <= num_running:
+            if load is None or load.running <= num_expected():
                 return
             await asyncio.sleep(_SETTLE_POLL_S)
 

@@ -284,7 +284,7 @@ async def test_a_cancelled_call_is_closed_at_the_engine_and_settle_returns(bench
     assert await bench.num_running() == 1
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    await asyncio.wait_for(bench.driver.settle(0), 25)
+    await asyncio.wait_for(bench.driver.settle(lambda: 0), 25)
 
     async with asyncio.timeout(2):  # a foreign endpoint cannot be asked: settle returns at once
         while await bench.num_running() > 0:  # noqa: ASYNC110 - the engine is another process
@@ -314,7 +314,7 @@ async def test_an_engine_that_is_not_there_breaks_no_question_about_it(bench: Be
 
     assert isinstance(await lost.capabilities(), Capabilities)
     assert await lost.load() is None or isinstance(lost, ScriptedDriver)
-    await asyncio.wait_for(lost.settle(0), 5)
+    await asyncio.wait_for(lost.settle(lambda: 0), 5)
 
 
 # --- questions

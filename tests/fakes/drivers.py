@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from core.chat import Call, CallContext, Endpoint, Timeouts, Usage
@@ -119,9 +119,9 @@ class ScriptedDriver:
         """Of streams; of whole answers if so told."""
         return call.stream or self._progress_of_whole
 
-    async def settle(self, num_running: int) -> None:
+    async def settle(self, num_expected: Callable[[], int]) -> None:
         """Return once the gate, if there is one, is open."""
-        self.settled.append(num_running)
+        self.settled.append(num_expected())
         if self.settle_gate is not None:
             await self.settle_gate.passed()
         if self.settle_error is not None:

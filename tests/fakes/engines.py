@@ -1,7 +1,7 @@
 """An engine kind whose workers are ``engines.fake_server`` processes, and a driver that only asks for their health."""
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import aiohttp
 
@@ -50,7 +50,7 @@ class HealthDriver:
     async def capabilities(self) -> Capabilities:
         return Capabilities(endpoints=("/health",), context_tokens=4096)
 
-    async def settle(self, num_running: int) -> None:
+    async def settle(self, num_expected: Callable[[], int]) -> None:
         return
 
     async def close(self) -> None:
