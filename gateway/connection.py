@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from core.chat import Endpoint
 from core.ids import new_request_id
@@ -137,13 +137,27 @@ class Connection(HttpToolsProtocol):
         """Whether the client has not taken what was written before, or has gone."""
         return self.flow.write_paused or self.corked.is_closing()
 
-    def send_now(self, send: Callable[[Any], Any], message: Any) -> None:
-        """Send an ASGI message without waiting, which is sure to work while the client does not lag."""
-        try:
-            send(message).send(None)  # not self.cycle.send: a client that does not wait has asked again by now
-        except StopIteration:
-            return
-        raise AssertionError("uvicorn waits although the client keeps up")
+    def begin(self, send: Callable[[Any], Any], head: bytes, num_bytes: int | None) -> None:
+        """Write the head of the answer that ``send`` is for; its body, ``num_bytes`` or chunked, goes through ``send``.
+
+        ``head`` is the status line and headers, ready for the wire. Uvicorn would search each of them by two regular
+        expressions; ours hold nothing but settings, numbers and ids that were checked when they came.
+        """
+        # Not self.cycle: a client that does not wait has asked again by now.
+        cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined] # a bound method of it
+        cycle.response_started = True
+        cycle.waiting_for_100_continue = False
+        cycle.chunked_encoding = num_bytes is None
+        cycle.expected_content_length = num_bytes or 0
+        self.corked.write(
+            head
+            + (b"" if cycle.keep_alive else b"connection: close\r\n")
+            + (
+                b"transfer-encoding: chunked\r\n\r\n"
+                if num_bytes is None
+                else b"content-length: %d\r\n\r\n" % num_bytes
+            )
+        )
 
     def try_write(self, frames: bytes) -> bool:
         """Write a piece of a streamed answer that has begun; False, and nothing written, if the client lags."""

@@ -50,13 +50,20 @@ _ROUTES: dict[str, Endpoint] = {
     path: endpoint for endpoint in Endpoint for path in (endpoint.value, endpoint.value.removeprefix("/v1"))
 }
 _JSON = (b"content-type", b"application/json")
-_STREAM = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-    (b"x-forebay-cache", b"disabled"),
-)
 _CACHE = (b"x-forebay-cache", b"disabled")
+_HEAD = (
+    b"HTTP/1.1 200 OK\r\n"
+    b"x-request-id: %b\r\n"
+    b"request-id: %b\r\n"  # where Anthropic's client looks
+    b"x-forebay-model: %b\r\n"
+    b"x-forebay-worker: %b\r\n"
+    b"x-forebay-attempts: %d\r\n"
+    b"x-forebay-queue-ms: %.2f\r\n"
+    b"x-forebay-overhead-ms: %.2f\r\n"
+    b"x-forebay-cache: disabled\r\n"
+)
+_WHOLE_HEAD = b"content-type: application/json\r\n"
+_STREAM_HEAD = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 _CLIENT_LEFT = 499
 
 
@@ -198,31 +205,30 @@ class DataPlane:
             raise RequestTooLarge(f"the body has {len(body)} bytes; {limit} are accepted")
         return body
 
-    def _begin(self, run: Run, exchange: _Exchange) -> list[tuple[bytes, bytes]]:
-        """Commit to an answer and return the headers that every answer has."""
+    def _begin(self, run: Run, exchange: _Exchange, rest: bytes, num_bytes: int | None) -> None:
+        """Commit to an answer: write its head, of which ``rest`` is what depends on its kind."""
         served = exchange.served = run.served
         assert served is not None
         exchange.status = 200
         exchange.first_byte_at = now = self._clock.monotonic()
         overhead_s = now - exchange.started_at - served.queue_s - served.engine_s
         request_id = exchange.id.encode()
-        return [
-            (b"x-request-id", request_id),
-            (b"request-id", request_id),  # where Anthropic's client looks
-            (b"x-forebay-model", served.model.encode()),
-            (b"x-forebay-worker", served.worker.encode()),
-            (b"x-forebay-attempts", b"%d" % served.attempts),
-            (b"x-forebay-queue-ms", b"%.2f" % (served.queue_s * 1000)),
-            (b"x-forebay-overhead-ms", b"%.2f" % (overhead_s * 1000)),
-        ]
+        head = _HEAD % (
+            request_id,
+            request_id,
+            served.model.encode(),
+            served.worker.encode(),
+            served.attempts,
+            served.queue_s * 1000,
+            overhead_s * 1000,
+        )
+        exchange.connection.begin(exchange.send, head + rest, num_bytes)
 
     async def _send_whole(self, run: Run, exchange: _Exchange) -> None:
         body = b"".join(run.journal.frames)
-        headers = self._begin(run, exchange)
-        headers += (_JSON, _CACHE, (b"content-length", b"%d" % len(body)))
         corked = exchange.connection.corked
         corked.cork()
-        await exchange.send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._begin(run, exchange, _WHOLE_HEAD, len(body))
         await exchange.send({"type": "http.response.body", "body": body})
         corked.uncork()
 
@@ -234,23 +240,16 @@ class DataPlane:
         if connection.lags:
             return False
         connection.corked.cork()
-        connection.send_now(
-            exchange.send, {"type": "http.response.start", "status": 200, "headers": self._stream_head(run, exchange)}
-        )
+        self._begin(run, exchange, _STREAM_HEAD, None)
         connection.try_write(frames)
         connection.corked.uncork()
         return True
-
-    def _stream_head(self, run: Run, exchange: _Exchange) -> list[tuple[bytes, bytes]]:
-        headers = self._begin(run, exchange)
-        headers += _STREAM
-        return headers
 
     async def _send_stream(self, run: Run, exchange: _Exchange) -> None:
         """Send what the sink could not take, and the end."""
         send = exchange.send
         if not exchange.status:
-            await send({"type": "http.response.start", "status": 200, "headers": self._stream_head(run, exchange)})
+            self._begin(run, exchange, _STREAM_HEAD, None)
         try:
             async for piece in run.chunks():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
