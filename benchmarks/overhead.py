@@ -8,7 +8,9 @@ Method: one core for the gateway (its whole process tree), another for the load 
 on the loopback interface. Every arm runs once a round in a fresh process, forward in one round and backward in the
 next; a checked completion and a warm-up come first. Added latency is against turns straight to the engine inside the
 same cell, so the arm `direct` shows the rig's own error. Figures are medians over rounds with 95 % bootstrap intervals
-over rounds (of three rounds: their range); ratios are taken inside a round.
+over rounds (of three rounds: their range). Ratios to raw ASGI come from a pass-through that lives beside Forebay in
+the same cell and is loaded in turn with it, a second or two each, because a shared machine changes its speed from one
+minute to the next; the other ratios are taken inside a round.
 
     python -m benchmarks.overhead             everything, about 20 minutes; goes on where it was cut off
     python -m benchmarks.overhead --quick     the arms that targets name, within 4 minutes (less what it must install)
@@ -46,13 +48,13 @@ from benchmarks.loopback.venvs import versions
 
 RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = {"forebay": ("core", "routing", "engines", "gateway")}
-FULL = Plan(warm=2, turns=4, turn=0.6, closed=2.5, open=6, rate=50, streams=4, burst=1.5)
-QUICK = Plan(warm=1, turns=3, turn=0.4, closed=1.3, open=1.5, rate=50, streams=3, burst=0)
-QUICK_ARMS = ("direct", "raw_asgi", "forebay", "litellm")
+FULL = Plan(warm=2, turns=4, turn=0.6, closed=2.5, open=6, rate=50, streams=4, burst=1.5, pairs=5)
+QUICK = Plan(warm=1, turns=3, turn=0.4, closed=1.3, open=1.5, rate=50, streams=3, burst=0, pairs=3)
+QUICK_ARMS = ("forebay", "litellm")  # raw ASGI is measured beside Forebay
 QUICK_PLANS = {  # no target asks these for more
-    "direct": replace(QUICK, open=0, streams=0),
     "litellm": replace(QUICK, turns=0, closed=2.5, open=0, streams=0),
 }
+PAIRED = {"forebay": next(arm for arm in ARMS if arm.name == "raw_asgi")}  # who is measured beside whom
 FULL_ROUNDS, QUICK_ROUNDS = 5, 3
 QUIET = 0.7  # load average
 FILLED = 0.9  # of its core, by a gateway that is saturated
@@ -97,15 +99,15 @@ TARGETS = (
     Target(
         "cpu_per_request",
         "× raw ASGI",
-        ("forebay", "raw_asgi"),
-        ratio("forebay", "raw_asgi", "sixty_four", "cpu_ms"),
+        ("forebay",),
+        figure("forebay", "paired", "cpu"),
         at_most=1.7,
     ),
     Target(
         "added_p50",
         "× raw ASGI",
-        ("forebay", "raw_asgi"),
-        ratio("forebay", "raw_asgi", "one", "added_ms"),
+        ("forebay",),
+        figure("forebay", "paired", "added"),
         at_most=1.5,
     ),
     Target(
@@ -125,8 +127,8 @@ TARGETS = (
     Target(
         "cpu_per_chunk",
         "× raw ASGI",
-        ("forebay", "raw_asgi"),
-        ratio("forebay", "raw_asgi", "streams", "cpu_us"),
+        ("forebay",),
+        figure("forebay", "paired", "chunk"),
         at_most=1.5,
     ),
     Target(
@@ -223,7 +225,7 @@ class Run:
     def _measured(self, arm: Arm, number: int) -> dict[str, Any] | None:
         began, at = time.monotonic(), now()
         try:
-            cell = measure(arm, self.plan(arm), self.cores)
+            cell = measure(arm, self.plan(arm), self.cores, PAIRED.get(arm.name))
         except Failed as error:
             self.problems[arm.name] = f"round {number + 1}: {error}"
             say(f"round {number + 1} {arm.name}: FAILED {error}")

@@ -19,6 +19,7 @@ BASELINE_STREAMS_S = STREAM_MS / 1e3  # every connection gets one stream in
 MOST_FAILED = 0.001  # of what was sent
 MOST_ASTRAY = 0.005  # sent and not seen upstream, or seen and not sent
 SETTLE_S = 2.0
+PAIR_S = 0.7
 
 Figures = dict[str, float]
 
@@ -35,6 +36,7 @@ class Plan:
     rate: float  # open loop, a second
     streams: float
     burst: float  # streams whose events the upstream writes as fast as it can
+    pairs: int  # how often the arm and the reference beside it take turns, under each load
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,12 @@ class Bench:
             "samples": len(seen.good),
         }
 
+    def stream_cpu_us(self, seconds: float) -> float:
+        """CPU time per event of paced streams."""
+        self._engine.pace(first_ms=FIRST_MS, gap_ms=GAP_MS, events=EVENTS)
+        _, cost = self.run(Load(STREAMS, seconds, stagger_ms=STREAM_MS / STREAMS, stream=True))
+        return cost.cpu_s * 1e6 / cost.events
+
     def burst(self, seconds: float) -> Figures:
         """Events a second when the upstream does not wait between them."""
         self._engine.pace(first_ms=0, gap_ms=0, events=EVENTS)
@@ -138,6 +146,30 @@ class Bench:
             "cpu_us": cost.cpu_s * 1e6 / cost.events,
             "events": statistics.fmean(r.events for r in seen.good),
         }
+
+
+def paired(arm: Bench, reference: Bench, plan: Plan) -> Figures:
+    """What the arm costs as a multiple of a reference that lives at the same time and is loaded in turn with it.
+
+    A shared machine may be half as fast a minute later: turns of a second or two meet both at the same speed.
+    """
+    cpu, chunk = [], []
+    added: dict[Bench, list[float]] = {arm: [], reference: []}
+    for number in range(plan.pairs):
+        order = (arm, reference) if number % 2 == 0 else (reference, arm)
+        direct = arm.direct(Load(1, plan.turn * 0.7, warm=0.05)).latency_ms()
+        for bench in order:
+            through = bench.run(Load(1, plan.turn, warm=0.05))[0].latency_ms()
+            added[bench].append(_added(direct, through)["added_ms"])
+        costs = {bench: bench.closed(64, PAIR_S)["cpu_ms"] for bench in order}
+        cpu.append(costs[arm] / costs[reference])
+        chunks = {bench: bench.stream_cpu_us(2 * STREAM_MS / 1e3) for bench in order}
+        chunk.append(chunks[arm] / chunks[reference])
+    return {
+        "cpu": statistics.median(cpu),
+        "added": statistics.median(added[arm]) / statistics.median(added[reference]),
+        "chunk": statistics.median(chunk),
+    }
 
 
 def _added(direct: Sequence[float], through: Sequence[float]) -> Figures:
@@ -153,8 +185,11 @@ class Cell:
     open_ms: list[float]
 
 
-def measure(arm: Arm, plan: Plan, cores: Cores) -> Cell:
-    """Starts a fresh upstream and gateway, checks a completion, and runs every scenario of `plan` on them."""
+def measure(arm: Arm, plan: Plan, cores: Cores, beside: Arm | None = None) -> Cell:
+    """Starts a fresh upstream and gateway, checks a completion, and runs every scenario of `plan` on them.
+
+    With a reference `beside`, that one is started too, on the same core, and takes turns with the arm at the end.
+    """
     cell = Cell({}, [])
     figures = cell.figures
     with upstream(cores) as engine, gateway(arm, engine, cores) as target:
@@ -173,6 +208,11 @@ def measure(arm: Arm, plan: Plan, cores: Cores) -> Cell:
         if plan.burst:
             figures["burst"] = bench.burst(plan.burst)
         figures["process"]["after_mb"] = target.rss_mb()
+        if beside is not None and plan.pairs:
+            with gateway(beside, engine, cores) as other:
+                reference = Bench(other, engine, cores)
+                reference.run(Load(8, plan.warm))
+                figures["paired"] = paired(bench, reference, plan)
     return cell
 
 
