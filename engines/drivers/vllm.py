@@ -11,7 +11,6 @@ from core.errors import ForebayError, UpstreamError, WorkerLost, WorkerUnreachab
 from engines.driver import Capabilities, Chunk, Health, Load
 from engines.drivers.metrics import gauge
 from engines.drivers.openai import OpenAIDriver
-from engines.drivers.wire import Wire
 from engines.engine import Command
 from engines.spec import WorkerSpec
 
@@ -25,7 +24,6 @@ class VllmDriver(OpenAIDriver):
 
     def __init__(self, base_url: str, api_key: str | None, *, served_name: str | None = None) -> None:
         super().__init__(base_url, api_key, served_name=served_name)
-        self._engine: Wire = self._wire
         self._is_dead = False
 
     def run(self, call: Call) -> AsyncIterator[Chunk]:
@@ -54,7 +52,7 @@ class VllmDriver(OpenAIDriver):
 
     async def health(self) -> Health:
         """Ask ``/health``; vLLM answers 503 once its engine process is dead."""
-        answer = await self._engine.probe("/health")
+        answer = await self._wire.probe("/health")
         if isinstance(answer, str):
             return answer
         if answer == 200:
@@ -64,7 +62,7 @@ class VllmDriver(OpenAIDriver):
     async def load(self) -> Load | None:
         """Read ``/metrics``."""
         try:
-            status, body = await self._engine.fetch("/metrics")
+            status, body = await self._wire.fetch("/metrics")
         except ForebayError:
             return None
         if status != 200:
@@ -104,14 +102,14 @@ class VllmDriver(OpenAIDriver):
 
     async def _probe(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            answer = await self._engine.ask(path, {**body, "max_tokens": 1, "temperature": 0}, timeout_s=60)
+            answer = await self._wire.ask(path, {**body, "max_tokens": 1, "temperature": 0}, timeout_s=60)
         except ForebayError:
             return None
         return dict(answer)
 
     async def _endpoints(self) -> tuple[str, ...]:
         try:
-            document = await self._engine.ask("/openapi.json", timeout_s=10)
+            document = await self._wire.ask("/openapi.json", timeout_s=10)
         except ForebayError:
             return ()
         paths = document.get("paths", {})
@@ -119,7 +117,7 @@ class VllmDriver(OpenAIDriver):
 
     async def _version(self) -> str | None:
         try:
-            return str((await self._engine.ask("/version")).get("version"))
+            return str((await self._wire.ask("/version")).get("version"))
         except ForebayError:
             return None
 

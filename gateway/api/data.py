@@ -153,10 +153,9 @@ class DataPlane:
         except asyncio.CancelledError:
             if not exchange.has_left:
                 await self._cut(endpoint, exchange)
-        except Exception as error:  # noqa: BLE001 - the border of a request
+        except Exception:  # noqa: BLE001 - the border of a request
             _log.exception("request_failed", request_id=exchange.id)
             await self._refuse(endpoint, exchange, InternalError(f"an internal error; its id is {exchange.id}"))
-            del error
         finally:
             exchange.connection.unwatch()
             self._close(endpoint, exchange)
