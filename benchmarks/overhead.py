@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,17 @@ class Target:
 
     name: str
     unit: str
-    arms: tuple[str, ...]
-    value: Callable[[Round], float]
+    arms: tuple[str, ...]  # whose figure it is, and, of a ratio inside a round, over whose
+    scenario: str
+    figure: str
     at_most: float | None = None
     at_least: float | None = None
     promised: bool = True  # False: a hope, shown and never missed
+
+    def value(self, cells: Round) -> float:
+        """The figure, or the ratio of the two arms' figures, in one round."""
+        first, *second = (cells[arm].figures[self.scenario][self.figure] for arm in self.arms)
+        return first / second[0] if second else first
 
     def want(self) -> str:
         """The bound as text."""
@@ -85,60 +91,13 @@ class Target:
         return self.at_least is not None and measured.low >= self.at_least
 
 
-def figure(arm: str, scenario: str, name: str) -> Callable[[Round], float]:
-    """One arm's figure of a round."""
-    return lambda cells: cells[arm].figures[scenario][name]
-
-
-def ratio(upper: str, lower: str, scenario: str, name: str) -> Callable[[Round], float]:
-    """One arm's figure over another's, in the same round."""
-    return lambda cells: cells[upper].figures[scenario][name] / cells[lower].figures[scenario][name]
-
-
 TARGETS = (
-    Target(
-        "cpu_per_request",
-        "× raw ASGI",
-        ("forebay",),
-        figure("forebay", "paired", "cpu"),
-        at_most=1.7,
-    ),
-    Target(
-        "added_p50",
-        "× raw ASGI",
-        ("forebay",),
-        figure("forebay", "paired", "added"),
-        at_most=1.5,
-    ),
-    Target(
-        "saturation",
-        "× LiteLLM",
-        ("forebay", "litellm"),
-        ratio("forebay", "litellm", "sixty_four", "per_s"),
-        at_least=30,
-    ),
-    Target(
-        "stream_ttft_added_p50",
-        "ms",
-        ("forebay",),
-        figure("forebay", "streams", "added_ms"),
-        at_most=1,
-    ),
-    Target(
-        "cpu_per_chunk",
-        "× raw ASGI",
-        ("forebay",),
-        figure("forebay", "paired", "chunk"),
-        at_most=1.5,
-    ),
-    Target(
-        "cpu_level_with_smg",
-        "× smg",
-        ("forebay", "smg"),
-        ratio("forebay", "smg", "sixty_four", "cpu_ms"),
-        at_most=1,
-        promised=False,
-    ),
+    Target("cpu_per_request", "× raw ASGI", ("forebay",), "paired", "cpu", at_most=1.7),
+    Target("added_p50", "× raw ASGI", ("forebay",), "paired", "added", at_most=1.5),
+    Target("saturation", "× LiteLLM", ("forebay", "litellm"), "sixty_four", "per_s", at_least=30),
+    Target("stream_ttft_added_p50", "ms", ("forebay",), "streams", "added_ms", at_most=1),
+    Target("cpu_per_chunk", "× raw ASGI", ("forebay",), "paired", "chunk", at_most=1.5),
+    Target("cpu_level_with_smg", "× smg", ("forebay", "smg"), "sixty_four", "cpu_ms", at_most=1, promised=False),
 )
 
 
@@ -237,10 +196,10 @@ class Run:
         )
         return {"at": at, "load": os.getloadavg()[0], **asdict(cell)}
 
-    def over_rounds(self, value: Callable[[Round], float], *names: str) -> Interval | None:
-        """`value` of the rounds in which all of `names` were measured."""
-        rounds = [cells for cells in self.cells if all(name in cells for name in names)]
-        return interval([value(cells) for cells in rounds]) if rounds else None
+    def measured(self, target: Target) -> Interval | None:
+        """The target's value over the rounds in which all of its arms were measured."""
+        values = [target.value(cells) for cells in self.cells if all(arm in cells for arm in target.arms)]
+        return interval(values) if values else None
 
 
 def _kept(store: Path | None) -> dict[str, dict[str, Any]]:
@@ -292,7 +251,7 @@ def verdicts(run: Run, picked: bool) -> tuple[list[str], bool]:
         if absent and (picked or not target.promised):
             continue
         broken = [f"{name} could not be measured" for name in target.arms if name in run.problems]
-        measured = None if broken or absent else run.over_rounds(target.value, *target.arms)
+        measured = None if broken or absent else run.measured(target)
         word, held = "dream" if not target.promised else "target", bool(measured and target.held(measured))
         shown = measured.show() if measured else f"nothing ({'; '.join(broken or absent) or 'no round'})"
         lines.append(f"{word} {target.name}: want {target.want()}, measured {shown}, {'held' if held else 'missed'}")
@@ -332,9 +291,9 @@ def idle_cores(run: Run) -> dict[str, float]:
     """Gateways that did not fill their core when saturated, and the share that they used."""
     used = {}
     for arm in run.arms:
-        use = run.over_rounds(figure(arm.name, "sixty_four", "use"), arm.name)
-        if arm.command and use and use.middle < FILLED:
-            used[arm.name] = use.middle
+        uses = [cells[arm.name].figures["sixty_four"]["use"] for cells in run.cells if arm.name in cells]
+        if arm.command and uses and (use := interval(uses).middle) < FILLED:
+            used[arm.name] = use
     return used
 
 

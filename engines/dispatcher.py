@@ -36,6 +36,7 @@ from core.errors import (
 from core.ids import ModelName, RequestId, WorkerId
 from engines.driver import Chunk, Driver
 from engines.run import Run
+from engines.tasks import Tasks
 from routing.scheduler import (
     Abort,
     Cancel,
@@ -85,7 +86,7 @@ class Dispatcher:
         self._driver_of = driver_of
         self._bounds = bounds
         self._runs: dict[RequestId, Run] = {}
-        self._tasks = asyncio.TaskGroup()
+        self._tasks = Tasks()
         self._watcher: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
         self._num_settling: Counter[WorkerId] = Counter()
@@ -103,9 +104,7 @@ class Dispatcher:
         for run in tuple(self._runs.values()):
             run.journal.fail(Draining("the server is shutting down"))
             run.close()
-        # The body's own error passes by the group, which would wrap it; only a cancellation is the group's to know.
-        was_cancelled = isinstance(error, asyncio.CancelledError)
-        await self._tasks.__aexit__(*((kind, error, trace) if was_cancelled else (None, None, None)))
+        await self._tasks.__aexit__(kind, error, trace)
 
     def submit(self, call: Call, *, inline: bool = False) -> Run:
         """Queue the call and return at once; see ``Completer.submit``, and ``Run`` for ``inline``."""
@@ -372,11 +371,8 @@ class Dispatcher:
 
     def _cut(self, run: Run, error: TimedOut) -> None:
         """End the request and the reader that takes nothing."""
-        reader = run.reader
         self._give_up(run, error)
-        if reader is not None:
-            run.reader = None
-            reader.cancel()
+        run.cut()
 
 
 def cause_of(error: ForebayError) -> Cause:

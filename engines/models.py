@@ -28,7 +28,8 @@ from urllib.request import Request, urlopen
 
 import msgspec
 
-GGUF_MAGIC = b"GGUF"
+from engines import gguf
+
 HUB = "https://huggingface.co"
 
 _PYPI = re.compile(
@@ -150,13 +151,8 @@ def is_hub_id(source: str) -> bool:
 
 def check_gguf(path: Path) -> None:
     """Raise ``ModelError`` unless the path is a readable GGUF file."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(GGUF_MAGIC))
-    except OSError as error:
-        raise ModelError(f"cannot read the model {path}: {error.strerror}") from error
-    if magic != GGUF_MAGIC:
-        raise ModelError(f"{path} is not a GGUF file")
+    if problem := gguf.problem_with(path):
+        raise ModelError(problem)
 
 
 # --- wheels

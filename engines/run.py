@@ -15,10 +15,11 @@ class Run:
     """Fits ``core.completer.Answer``. Written by ``engines/dispatcher.py``, read by one consumer.
 
     Times are monotonic seconds. ``reader`` is the consumer's task, if it wants to be cancelled when it has not taken
-    anything for ``client_idle``; ``lags_since`` is since when something has waited for it. ``sink``, where the reader
-    has one, takes frames at once and without a task switch (the first frames too), or returns False when it cannot.
-    An ``is_inline`` run has no tasks of its own: its legs are driven by whoever awaits ``first_byte``, which saves two
-    task switches a request.
+    anything for ``client_idle``; ``lags_since`` is since when something has waited for it.
+
+    An ``is_inline`` run has no tasks of its own: its legs are driven, each to its end, by whoever awaits
+    ``first_byte``, which saves two task switches a request. Its ``sink`` takes a stream's frames meanwhile, the first
+    too, or returns False when it cannot; ``push`` tries again. What it has not taken is left for ``chunks``.
     """
 
     __slots__ = (
@@ -33,6 +34,7 @@ class Run:
         "attempts",
         "cause",
         "has_first_byte",
+        "is_cut",
         "is_inline",
         "journal",
         "lags_since",
@@ -66,6 +68,7 @@ class Run:
         self._on_close = on_close
         self._drive = drive
         self._is_closed = False
+        self.is_cut = False
         self.is_inline = is_inline
         self.pending: Start | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -90,6 +93,13 @@ class Run:
         self.cause: Cause = "aborted"
         self.leg_error: ForebayError | None = None
         self.retry_after: float | None = None
+
+    def cut(self) -> None:
+        """End the reader that takes nothing, wherever it waits."""
+        reader, self.reader = self.reader, None
+        self.is_cut = True
+        if reader is not None:
+            reader.cancel()
 
     @property
     def is_closed(self) -> bool:
@@ -128,7 +138,7 @@ class Run:
             self.pending = None
             self.task = asyncio.current_task()
             await self._drive(self, start)
-            if self._is_closed and not journal.has_ended:
+            if self.is_cut or (self._is_closed and not journal.has_ended):
                 raise asyncio.CancelledError
         if journal.error is not None and not (is_stream and journal.frames):
             raise journal.error
@@ -186,17 +196,19 @@ class Run:
         finally:
             self._waiter = None
 
-    def _wake(self) -> None:
-        """Hand news to the reader: through its sink if it waits for just this frame, else by waking it."""
-        waiter = self._waiter
-        if waiter is None or waiter.done():
+    def push(self) -> None:
+        """Let the sink take all that waits, if it can."""
+        frames = self.journal.frames
+        position = self._position
+        if self.sink is None or position == len(frames):
             return
-        if self.sink is not None and not self.journal.has_ended:
-            frames = self.journal.frames
-            if self._position == len(frames):
-                return
-            if self._position + 1 == len(frames) and self.sink(frames[-1]):
-                self._position += 1
-                self._delivered(len(frames[-1]))
-                return
-        waiter.set_result(None)
+        piece = frames[position] if position + 1 == len(frames) else b"".join(frames[position:])
+        if self.sink(piece):
+            self._position = len(frames)
+            self._delivered(len(piece))
+
+    def _wake(self) -> None:
+        """There is news: for the sink, and for a reader that waits."""
+        self.push()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

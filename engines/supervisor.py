@@ -14,6 +14,7 @@ from engines.engine import Engine
 from engines.keeper import Keeper
 from engines.process import KILL_WAIT_S, Ports, WorkerLog
 from engines.spec import WorkerSpec
+from engines.tasks import Tasks
 from engines.worker import WorkerStatus
 
 FIRST_PORT = 18400
@@ -49,7 +50,7 @@ class Supervisor:
         first_port: int = FIRST_PORT,
     ) -> None:
         self._specs = {spec.id: spec for spec in _checked(specs, engines)}
-        self._group = asyncio.TaskGroup()
+        self._group = Tasks()
         self._tasks: list[asyncio.Task[None]] = []
         ports = Ports(first_port)
         inherited = {name: value for name, value in env.items() if not name.startswith("FOREBAY_")}
@@ -84,9 +85,7 @@ class Supervisor:
                 keeper.close()
             for task in self._tasks:
                 task.cancel()
-            # The group need not know of the body's error, which it would wrap, unless it sent it itself.
-            was_cancelled = isinstance(error, asyncio.CancelledError)
-            await self._group.__aexit__(*((kind, error, traceback) if was_cancelled else (None, None, None)))
+            await self._group.__aexit__(kind, error, traceback)
 
     def statuses(self) -> tuple[WorkerStatus, ...]:
         """Return every worker's status, in the order of declaration."""

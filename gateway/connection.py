@@ -99,6 +99,7 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._on_gone: Callable[[], None] | None = None
+        self._on_room: Callable[[], None] | None = None
         self._num_header_bytes = 0
         self._num_raw_bytes = 0
         self._lingers_since = 0.0
@@ -166,16 +167,23 @@ class Connection(HttpToolsProtocol):
         self.corked.write(b"%x\r\n%b\r\n" % (len(frames), frames))
         return True
 
-    def watch(self, on_gone: Callable[[], None]) -> None:
-        """Call ``on_gone`` once if the client closes its connection from now on."""
+    def watch(self, on_gone: Callable[[], None], on_room: Callable[[], None] | None = None) -> None:
+        """From now on call ``on_gone`` once if the client closes its connection, ``on_room`` when it has caught up."""
         self._on_gone = on_gone
+        self._on_room = on_room
         self.flow.resume_reading()  # a big body may have paused it; without reading, a close goes unnoticed
         if self.transport.is_closing():
             self.loop.call_soon(self._tell)
 
     def unwatch(self) -> None:
         """The request is over: the connection's end is of no interest to it."""
-        self._on_gone = None
+        self._on_gone = self._on_room = None
+
+    def resume_writing(self) -> None:
+        """Tell who waits that the client has taken what was written."""
+        super().resume_writing()
+        if self._on_room is not None:
+            self._on_room()
 
     def abort(self) -> None:
         """Close at once and throw away what has not been sent."""

@@ -20,8 +20,9 @@ from engines.supervisor import Supervisor
 from engines.worker import State, WorkerStatus
 from gateway.auth import EmptyKeyFile, Keys, digest_of, keep_key, new_admin_key
 from gateway.chat import ChatService
+from gateway.metrics import Metrics
 from gateway.settings import Settings, SettingsError, TimeoutSettings, WorkerSettings
-from gateway.telemetry import Metrics, RequestLog
+from gateway.telemetry import RequestLog
 from routing.catalog import Catalog, Model
 from routing.scheduler import Limits, Scheduler, WorkerView
 

@@ -11,7 +11,7 @@ from core.chat import Call, Endpoint
 from core.errors import ForebayError
 from engines.driver import Capabilities, Chunk, Health, Load
 from engines.drivers.llamacpp_answers import AnswerAssembler
-from engines.drivers.llamacpp_requests import Plan, Traits, edit_request
+from engines.drivers.llamacpp_requests import Plan, edit_request
 from engines.drivers.sse import StreamReader
 from engines.drivers.wire import Wire
 from engines.engine import Command
@@ -20,7 +20,6 @@ from engines.spec import WorkerSpec
 _SETTLE_TIMEOUT_S = 20.0  # an abort in the middle of a prefill is noticed after the batch it is in
 _SETTLE_POLL_S = 0.05
 _STREAM_OPTIONS = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
-_TRAITS = Traits()
 
 
 class LlamaCppDriver:
@@ -34,8 +33,7 @@ class LlamaCppDriver:
 
     async def run(self, call: Call) -> AsyncIterator[Chunk]:
         """Run the call and yield its answer; see ``Driver.run``."""
-        edited, plan = edit_request(call.endpoint, {**call.body, "model": self._served_name}, stream=call.stream,
-                                    traits=_TRAITS)  # fmt: skip
+        edited, plan = edit_request(call.endpoint, {**call.body, "model": self._served_name}, stream=call.stream)
         body = msgspec.json.encode(edited)
         if not plan.streams:
             yield await self._wire.whole(call.endpoint, call, body)

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import msgspec
 
-from core.chat import Endpoint
 from core.errors import UpstreamBroken
 from engines.drivers.llamacpp_requests import Json, Plan
 from engines.drivers.llamacpp_whole import Collector, collector_for
@@ -85,89 +84,9 @@ def _editors_for(plan: Plan, new_id: Callable[[], str]) -> list[_Editor]:
     editors: list[_Editor] = []
     if plan.restates_prefill:
         editors.append(_OwnWords())
-    elif plan.prefill:
-        editors.append(_PrefillEditor(plan.endpoint, plan.prefill))
     if plan.forces_tool:
         editors.append(_ToolCalls(new_id))
     return editors
-
-
-class PrefillStripper:
-    """Takes a text away from the front of another that arrives in pieces. Holds back only while both may be equal."""
-
-    def __init__(self, prefill: str) -> None:
-        self._expected = prefill
-        self._held = ""
-
-    def feed(self, piece: str) -> str:
-        """Return what of the text so far is sure not to be the prefill."""
-        if not self._expected:
-            return piece
-        self._held += piece
-        if self._held.startswith(self._expected):
-            rest = self._held[len(self._expected) :]
-            self._expected = self._held = ""
-            return rest
-        if self._expected.startswith(self._held):
-            return ""
-        return self.flush()
-
-    def flush(self) -> str:
-        """Return what is held: the text has ended, or has turned out not to repeat the prefill."""
-        held, self._held, self._expected = self._held, "", ""
-        return held
-
-
-class _PrefillEditor:
-    """Strips a repeated prefill from the text of each choice or, in Anthropic's events, of the first block."""
-
-    def __init__(self, endpoint: Endpoint, prefill: str) -> None:
-        self._is_messages = endpoint is Endpoint.MESSAGES
-        self._prefill = prefill
-        self._strippers: dict[int, PrefillStripper] = {}
-
-    def edit(self, event: Json) -> list[Json]:
-        return self._edit_block(event) if self._is_messages else self._edit_choices(event)
-
-    def _stripper(self, index: int) -> PrefillStripper:
-        return self._strippers.setdefault(index, PrefillStripper(self._prefill))
-
-    def _edit_choices(self, event: Json) -> list[Json]:
-        choices = event.get("choices") or []
-        edited = [self._edit_choice(choice) for choice in choices]
-        if all(new is old for new, old in zip(edited, choices, strict=True)):
-            return [event]
-        kept = [choice for choice in edited if choice["delta"] or choice.get("finish_reason")]
-        return [event | {"choices": kept}] if kept else []
-
-    def _edit_choice(self, choice: Json) -> Json:
-        delta = choice.get("delta") or {}
-        text = delta.get("content") or ""
-        stripper = self._stripper(choice.get("index", 0))
-        shown = stripper.feed(text) if text else ""
-        if choice.get("finish_reason"):
-            shown += stripper.flush()
-        if shown == text:
-            return choice
-        rest = {key: value for key, value in delta.items() if key != "content"}
-        return choice | {"delta": rest | {"content": shown} if shown else rest}
-
-    def _edit_block(self, event: Json) -> list[Json]:
-        stripper = self._stripper(0)
-        if event.get("index") == 0 and event.get("type") == "content_block_stop":
-            held = stripper.flush()
-            return [_text_delta(held), event] if held else [event]
-        delta = event.get("delta") or {}
-        if event.get("index") != 0 or delta.get("type") != "text_delta":
-            return [event]
-        shown = stripper.feed(delta["text"])
-        if shown == delta["text"]:
-            return [event]
-        return [_text_delta(shown)] if shown else []
-
-
-def _text_delta(text: str) -> Json:
-    return {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
 
 
 class _OwnWords:

@@ -26,32 +26,19 @@ _LIMITS = {
     Endpoint.RESPONSES: ("max_output_tokens",),
     Endpoint.MESSAGES: ("max_tokens",),
 }
-_PART_SEPARATOR = "\n\n"  # what llama.cpp puts between the text parts of one message
-
-
-class Traits(msgspec.Struct, frozen=True):
-    """What a start-up probe has found of this build and this model's template.
-
-    ``repeats_prefill``: streamed answers begin with the text of a last assistant message. ``enforces_tools``:
-    ``tool_choice: required`` is obeyed. Neither holds for the build that we ship (measured, 2026.10.11549).
-    """
-
-    repeats_prefill: bool = False
-    enforces_tools: bool = False
 
 
 class Plan(msgspec.Struct, frozen=True):
     """How the answer to an edited request is read.
 
-    ``streams``: the engine answers with events, whatever the client asked for. ``prefill`` is text that the answer may
-    repeat, ``restates_prefill`` that the closing events of ``/v1/responses`` do. ``forces_tool``: the answer's text is
-    a tool call in JSON. ``num_choices`` come in one answer, ``per_prompt`` of them from each prompt.
+    ``streams``: the engine answers with events, whatever the client asked for. ``restates_prefill``: the closing events
+    repeat the assistant's message that the answer continues. ``forces_tool``: the answer's text is a tool call in JSON.
+    ``num_choices`` come in one answer, ``per_prompt`` of them from each prompt.
     """
 
     endpoint: Endpoint
     streams: bool = True
     whole: bool = False
-    prefill: str = ""
     restates_prefill: bool = False
     forces_tool: bool = False
     num_choices: int = 1
@@ -60,14 +47,10 @@ class Plan(msgspec.Struct, frozen=True):
     @property
     def passthrough(self) -> bool:
         """Whether the engine's bytes are the client's bytes: an ``AnswerAssembler`` would change nothing."""
-        return not self.whole and not (
-            self.prefill or self.restates_prefill or self.forces_tool or self.num_choices > 1
-        )
+        return not (self.whole or self.restates_prefill or self.forces_tool or self.num_choices > 1)
 
 
-def edit_request(
-    endpoint: Endpoint, body: Json, *, stream: bool, traits: Traits = Traits()  # noqa: B008 - frozen
-) -> tuple[Json, Plan]:  # fmt: skip
+def edit_request(endpoint: Endpoint, body: Json, *, stream: bool) -> tuple[Json, Plan]:
     """Return the body for llama.cpp and the plan for its answer; ``body`` itself stays as it is.
 
     The engine is always asked to stream, because it notices a client that has gone only then. ``stream`` is what the
@@ -82,7 +65,7 @@ def edit_request(
         sent["stream_options"] = {"include_usage": True}
     plan = Plan(endpoint, whole=not stream)
     if endpoint is Endpoint.CHAT:
-        return _edit_chat(sent, plan, traits)
+        return _edit_chat(sent, plan)
     if endpoint is Endpoint.COMPLETIONS:
         per_prompt = _count(sent)
         return sent, msgspec.structs.replace(
@@ -90,13 +73,8 @@ def edit_request(
         )
     if endpoint is Endpoint.RESPONSES and isinstance(sent.get("input"), list):
         sent["input"] = [_spelt_out(item) for item in sent["input"]]
-    turns = sent.get("input") if endpoint is Endpoint.RESPONSES else sent.get("messages")
-    prefill = prefill_of(turns)
-    return sent, msgspec.structs.replace(
-        plan,
-        restates_prefill=bool(prefill) and endpoint is Endpoint.RESPONSES,
-        prefill=prefill if traits.repeats_prefill else "",
-    )
+        plan = msgspec.structs.replace(plan, restates_prefill=_ends_in_prefill(sent["input"]))
+    return sent, plan
 
 
 def _spelt_out(item: Any) -> Any:
@@ -130,38 +108,29 @@ def _num_prompts(prompt: Any) -> int:
     return 1
 
 
-def prefill_of(turns: Any) -> str:
-    """Return the text of a last message by the assistant, which llama.cpp continues, or nothing."""
+def _ends_in_prefill(turns: Any) -> bool:
+    """Return whether the last message is text by the assistant, which llama.cpp continues."""
     last = turns[-1] if isinstance(turns, list) and turns else None
     if not isinstance(last, dict) or last.get("role") != "assistant":
-        return ""
+        return False
     content = last.get("content")
     if isinstance(content, list):
-        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        return _PART_SEPARATOR.join(texts)
-    return content if isinstance(content, str) else ""
+        return any(isinstance(part, dict) and part.get("text") for part in content)
+    return bool(content)
 
 
-def _edit_chat(sent: Json, plan: Plan, traits: Traits) -> tuple[Json, Plan]:
+def _edit_chat(sent: Json, plan: Plan) -> tuple[Json, Plan]:
     num_choices = _count(sent)
-    prefill = prefill_of(sent.get("messages"))
     tools = allowed_tools(sent)
-    if prefill and (tools or any(sent.get(key) not in (None, {"type": "text"}) for key in _GRAMMAR_KEYS)):
+    has_grammar = bool(tools) or any(sent.get(key) not in (None, {"type": "text"}) for key in _GRAMMAR_KEYS)
+    if has_grammar and _ends_in_prefill(sent.get("messages")):
         raise InvalidRequest(
             "this engine cannot continue an assistant message under a response_format or a forced tool call",
             param="messages",
         )
-    if tools and traits.enforces_tools:
-        sent |= {"tools": tools, "tool_choice": "required"}
-    elif tools:
+    if tools:
         force_tool(sent, tools)
-    return sent, msgspec.structs.replace(
-        plan,
-        prefill=prefill if traits.repeats_prefill else "",
-        forces_tool=bool(tools) and not traits.enforces_tools,
-        num_choices=num_choices,
-        per_prompt=num_choices,
-    )
+    return sent, msgspec.structs.replace(plan, forces_tool=bool(tools), num_choices=num_choices, per_prompt=num_choices)
 
 
 def allowed_tools(body: Json) -> list[Json]:

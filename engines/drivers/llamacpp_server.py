@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engines import gguf
+
 KEY_VARIABLE = "FOREBAY_WORKER_KEY"
-GGUF_MAGIC = b"GGUF"
 REFUSED = 2
 
 
@@ -47,20 +48,11 @@ def check(args: argparse.Namespace) -> None:
     for name in ("slots", "context", "threads", "batch"):
         if getattr(args, name) < 1:
             raise StartError(f"--{name} must be at least 1")
-    _check_model(args.model)
+    if problem := gguf.problem_with(args.model):
+        raise StartError(problem)
     if args.chat_template and not args.chat_template.is_file():
         raise StartError(f"there is no chat template {args.chat_template}")
     _check_port(args.host, args.port)
-
-
-def _check_model(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(GGUF_MAGIC))
-    except OSError as error:
-        raise StartError(f"cannot read the model {path}: {error.strerror}") from error
-    if magic != GGUF_MAGIC:
-        raise StartError(f"{path} is not a GGUF file")
 
 
 def _check_port(host: str, port: int) -> None:

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Literal
-from weakref import WeakSet
 
 import aiohttp
 import msgspec
@@ -58,7 +57,7 @@ class Wire:
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
         self._translated = _Translated(self._base)
-        self._open: WeakSet[aiohttp.ClientResponse] = WeakSet()
+        self._open: set[aiohttp.ClientResponse] = set()
         self._urls: dict[str, URL] = {path: self._url(path) for path in Endpoint}
         is_local = self._url("").host in {"127.0.0.1", "localhost", "::1"}
         self._session = aiohttp.ClientSession(
@@ -85,34 +84,40 @@ class Wire:
         with self._translated:
             async with self._post(path, call, body) as response:
                 self._open.add(response)
-                if response.status != 200:
-                    raise refusal(response.status, await response.read(), response.headers.get("retry-after"))
-                readany = response.content.readany
-                while data := await readany():
-                    frames = buffer.feed(data)
-                    if not frames:
-                        continue
-                    if frames.startswith(b":") and b"data:" not in frames:
-                        yield Chunk(raw=frames, is_progress=False)
-                        continue
-                    raw = reader.read(frames)
-                    yield Chunk(raw, reader.num_tokens, reader.usage)
-                    if reader.error is not None:
-                        raise error_event(reader.error)
-                    if reader.is_done:
-                        await _finish(response)
-                        return
-                if buffer.rest:
-                    raise WorkerLost("the engine closed the connection in the middle of an event")
-                if ending := reader.close():
-                    yield Chunk(ending, 0, reader.usage)
+                try:
+                    if response.status != 200:
+                        raise refusal(response.status, await response.read(), response.headers.get("retry-after"))
+                    readany = response.content.readany
+                    while data := await readany():
+                        frames = buffer.feed(data)
+                        if not frames:
+                            continue
+                        if frames.startswith(b":") and b"data:" not in frames:
+                            yield Chunk(raw=frames, is_progress=False)
+                            continue
+                        raw = reader.read(frames)
+                        yield Chunk(raw, reader.num_tokens, reader.usage)
+                        if reader.error is not None:
+                            raise error_event(reader.error)
+                        if reader.is_done:
+                            await _finish(response)
+                            return
+                    if buffer.rest:
+                        raise WorkerLost("the engine closed the connection in the middle of an event")
+                    if ending := reader.close():
+                        yield Chunk(ending, 0, reader.usage)
+                finally:
+                    self._open.discard(response)
 
     async def whole(self, path: str, call: Call, body: bytes) -> Chunk:
         """Post the call and return its answer, metered. Raises like ``stream``."""
         with self._translated:
             async with self._post(path, call, body) as response:
                 self._open.add(response)
-                answer = await response.read()
+                try:
+                    answer = await response.read()
+                finally:
+                    self._open.discard(response)
                 if response.status != 200:
                     raise refusal(response.status, answer, response.headers.get("retry-after"))
         whole = read_whole(answer)

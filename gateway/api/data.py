@@ -33,8 +33,9 @@ from gateway.auth import Keys, Principal
 from gateway.chat import ChatService
 from gateway.connection import EXTENSION, Connection
 from gateway.errors import body_of, frame_of, headers_of, status_of
+from gateway.metrics import Metrics
 from gateway.settings import ServerSettings
-from gateway.telemetry import Metrics, RequestLog, RequestRecord
+from gateway.telemetry import RequestLog, RequestRecord
 from routing.catalog import Catalog
 
 Scope = MutableMapping[str, Any]
@@ -178,15 +179,17 @@ class DataPlane:
             raise ConnectionLimit(
                 f"{self._settings.max_tenant_streams} answers are open for this tenant already", retry_after=1.0
             )
-        exchange.run = run = self._chat.submit(call, inline=not call.stream)
+        exchange.run = run = self._chat.submit(call, inline=True)
         self._num_open[principal.tenant] += 1
         run.reader = exchange.task = asyncio.current_task()
-        exchange.connection.watch(exchange.leave)
         if call.stream:
             run.sink = partial(self._deliver, exchange, run)
+            exchange.connection.watch(exchange.leave, run.push)
             await run.first_byte()
+            run.sink = None
             await self._send_stream(run, exchange)
         else:
+            exchange.connection.watch(exchange.leave)
             await run.first_byte()
             await self._send_whole(run, exchange)
 

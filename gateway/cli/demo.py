@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import aiohttp
 import click
 
 from gateway.auth import new_admin_key, new_key
+from gateway.cli import ports
 from gateway.cli.common import Fault, program
 from gateway.cli.fetching import fetch_model
 from gateway.settings import environment
@@ -262,7 +262,7 @@ async def _are_ready(admin: Server) -> bool:
 @contextlib.asynccontextmanager
 async def _gateway(model: Path, folder: Path) -> AsyncIterator[tuple[Server, Server]]:
     """Run a gateway with two workers; yield its data and admin ports."""
-    port, admin_port = _free_ports(2)
+    port, admin_port = ports.free(2)
     key, admin_key = new_key(), new_admin_key()
     launch = {"source": str(model), "slots": _SLOTS, "context": _CONTEXT, "threads": 1}
     worker = {"engine": "llamacpp", "launch": launch, "max_inflight": _SLOTS, "replicas": 2}
@@ -293,7 +293,7 @@ async def _gateway(model: Path, folder: Path) -> AsyncIterator[tuple[Server, Ser
 @contextlib.asynccontextmanager
 async def _bare(model: Path, folder: Path) -> AsyncIterator[Server]:
     """Run llama.cpp's server by itself, with the same settings as a worker."""
-    (port,) = _free_ports(1)
+    (port,) = ports.free(1)
     key = secrets.token_urlsafe(16)
     argv = [
         sys.executable, "-m", "engines.drivers.llamacpp_server", "--model", str(model), "--port", str(port),
@@ -339,14 +339,3 @@ def _process(argv: list[str], log: Path, extra: dict[str, str]) -> Iterator[subp
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -5,7 +5,6 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from typing import Any, Self
 import httpx
 import psutil
 import yaml
+
+from gateway.cli import ports
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LOG_TAIL = 20_000
@@ -48,7 +49,7 @@ class GatewayProcess:
     ) -> None:
         self.key = f"fbk_{secrets.token_urlsafe(32)}"
         self.admin_key = f"fba_{secrets.token_urlsafe(32)}"
-        self.port, self.admin_port = free_ports(2)
+        self.port, self.admin_port = ports.free(2)
         self._scratch = None if directory else tempfile.TemporaryDirectory(prefix="forebay-e2e-")
         self.directory = directory or Path(self._scratch.name if self._scratch else "")
         self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
@@ -194,18 +195,6 @@ class GatewayProcess:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     left.kill()
             process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Return TCP ports on loopback that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def attached(url: str, **more: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.drivers import COMMENT, Gate, Script, ScriptedDriver, call, text
 from tests.fakes.workers import view
 
-ONE, TWO, DONE = b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n"
+ONE, TWO, THREE, DONE = b"data: 1\n\n", b"data: 2\n\n", b"data: 3\n\n", b"data: [DONE]\n\n"
 TIMES = Timeouts(queue=5.0, first_token=10.0, idle=3.0, total=60.0)
 M0 = WorkerId("m-0")
 BOUNDS, LIMITS = Bounds(), Limits()
@@ -418,18 +418,61 @@ async def test_a_reader_that_keeps_up_is_not_cut_while_the_engine_is_silent() ->
         reader.cancel()
 
 
-async def test_a_sink_takes_frames_without_waking_the_reader_until_it_refuses() -> None:
-    gates = [Gate(), Gate()]
-    async with house((text(ONE), gates[0], text(TWO), gates[1], text(DONE))) as home:
-        run, sunk = home.start(call()), list[bytes]()
-        run.sink = lambda frames: frames != DONE and not sunk.append(frames)  # type: ignore[func-returns-value]
-        reader = asyncio.create_task(body_of(run))
-        for gate in gates:
-            await calm()
-            gate.open()
+async def inline_reader(run: Run) -> bytes:
+    await run.first_byte()
+    run.sink = None
+    return await body_of(run)
 
-        assert await reader == ONE + DONE
-        assert (sunk, run.journal.num_undelivered_bytes) == ([TWO], 0)
+
+async def test_an_inline_streams_sink_takes_frames_at_once_and_again_when_pushed() -> None:
+    gates = [Gate(), Gate(), Gate()]
+    async with house((text(ONE), gates[0], text(TWO), gates[1], text(THREE), gates[2], text(DONE, 0))) as home:
+        run, sunk, is_willing = home.start(call(), inline=True), list[bytes](), True
+        run.sink = lambda frames: is_willing and not sunk.append(frames)  # type: ignore[func-returns-value]
+        reader = asyncio.create_task(inline_reader(run))
+        await calm()
+        assert sunk == [ONE]
+
+        is_willing = False
+        for gate in gates[:2]:
+            gate.open()
+            await calm()
+        assert sunk == [ONE]
+
+        is_willing = True
+        run.push()
+        assert (sunk, run.journal.num_undelivered_bytes) == ([ONE, TWO + THREE], 0)
+        is_willing = False
+        gates[2].open()
+        assert await reader == DONE
+
+
+async def test_an_inline_streams_reader_that_takes_nothing_is_cancelled_and_its_engine_left() -> None:
+    driver = ScriptedDriver((text(ONE), Gate()))
+    async with house(driver, bounds=Bounds(client_idle=5.0)) as home:
+        run = home.start(call(timeouts=Timeouts(idle=100.0)), inline=True)
+        run.sink = lambda _: False
+        run.reader = reader = asyncio.create_task(inline_reader(run))  # type: ignore[assignment] # any task
+        await home.pass_time(5.1)
+
+        assert isinstance(run.journal.error, ClientIdle)
+        assert (reader.cancelled(), driver.closed) == (True, 1)
+
+
+async def test_an_inline_stream_waits_for_room_and_goes_on_when_pushed() -> None:
+    driver = ScriptedDriver((text(ONE), text(TWO), text(DONE, 0)))
+    async with house(driver, bounds=Bounds(undelivered_bytes=1)) as home:
+        run, sunk = home.start(call(), inline=True), list[bytes]()
+        is_willing = False
+        run.sink = lambda frames: is_willing and not sunk.append(frames)  # type: ignore[func-returns-value]
+        reader = asyncio.create_task(inline_reader(run))
+        await calm()
+        assert (sunk, run.is_held_back) == ([], True)
+
+        is_willing = True
+        run.push()
+        assert await reader == b""
+        assert sunk == [ONE, TWO, DONE]
 
 
 async def test_close_may_be_called_again_and_again() -> None:

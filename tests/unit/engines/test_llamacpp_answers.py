@@ -2,13 +2,11 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from core.chat import Endpoint
 from core.errors import InvalidRequest, UpstreamBroken
-from engines.drivers.llamacpp_answers import AnswerAssembler, PrefillStripper, read_call
-from engines.drivers.llamacpp_requests import Plan, Traits, edit_request
+from engines.drivers.llamacpp_answers import AnswerAssembler, read_call
+from engines.drivers.llamacpp_requests import Plan, edit_request
 
 USER = {"role": "user", "content": "hi"}
 HEAD = {"created": 1, "id": "chatcmpl-1", "model": "m", "system_fingerprint": "b0", "object": "chat.completion.chunk"}
@@ -48,10 +46,6 @@ def run(plan: Plan, events: list[Any], *, done: bool = True) -> bytes:
     assembler = AnswerAssembler(plan, new_id=lambda: "call_x")
     out = b"".join([assembler.feed(frame(event)) for event in events]) + (assembler.feed(DONE) if done else b"")
     return assembler.whole() if plan.whole else out
-
-
-def text_of(frames: bytes) -> str:
-    return "".join(choice["delta"].get("content") or "" for event in events_of(frames) for choice in event["choices"])
 
 
 # --- requests
@@ -273,68 +267,12 @@ def test_each_prompt_of_several_counts_once_and_a_null_event_is_dropped() -> Non
 # --- prefill
 
 
-@given(st.text(max_size=12), st.text(max_size=12), st.data())
-def test_a_repeated_prefill_is_stripped_wherever_the_text_is_cut(prefill: str, rest: str, data: st.DataObject) -> None:
-    text = prefill + rest
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    stripper = PrefillStripper(prefill)
-    assert "".join(map(stripper.feed, pieces)) + stripper.flush() == rest
-
-
-@given(st.text("ab", min_size=1, max_size=6), st.text("ab", max_size=9), st.integers(1, 4))
-def test_a_text_that_does_not_repeat_the_prefill_loses_nothing(prefill: str, text: str, width: int) -> None:
-    stripper = PrefillStripper(prefill)
-    pieces = [text[at : at + width] for at in range(0, len(text), width)]
-    out = "".join(map(stripper.feed, pieces)) + stripper.flush()
-    assert out == text.removeprefix(prefill)
-
-
 PREFILLED = [USER, {"role": "assistant", "content": "1, 2é,"}]
 
 
-@pytest.mark.parametrize("cut", range(len("1, 2é, 3, 4") + 1))
-def test_a_repeated_prefill_is_stripped_from_stream_and_whole_alike(cut: int) -> None:
-    text = "1, 2é, 3, 4"
-    events = chat_stream(text[:cut], text[cut:])
-    for stream in (True, False):
-        _, plan = edit_request(
-            Endpoint.CHAT, {"messages": PREFILLED}, stream=stream, traits=Traits(repeats_prefill=True)
-        )
-        out = run(plan, events)
-        shown = text_of(out) if stream else json.loads(out)["choices"][0]["message"]["content"]
-        assert shown == " 3, 4"
-
-
-def test_a_stream_cut_at_any_byte_gives_the_same_answer_once_its_frames_are_whole() -> None:
-    _, plan = edit_request(Endpoint.CHAT, {"messages": PREFILLED}, stream=True, traits=Traits(repeats_prefill=True))
-    frames = [frame(event) for event in chat_stream("1, ", "2é, 3")]
-    expected = b"".join(map(AnswerAssembler(plan).feed, frames))
-    for at in range(len(frames) + 1):
-        assembler = AnswerAssembler(plan)
-        assert assembler.feed(b"".join(frames[:at])) + assembler.feed(b"".join(frames[at:])) == expected
-
-
-def test_an_engine_that_does_not_repeat_the_prefill_streams_straight_through() -> None:
+def test_a_stream_that_continues_an_assistants_message_passes_byte_for_byte() -> None:
     _, plan = edit_request(Endpoint.CHAT, {"messages": PREFILLED}, stream=True)
     assert plan.passthrough
-
-
-def test_an_answer_that_ends_within_the_prefill_is_shown() -> None:
-    _, plan = edit_request(Endpoint.CHAT, {"messages": PREFILLED}, stream=True, traits=Traits(repeats_prefill=True))
-    assert text_of(run(plan, chat_stream("1, "))) == "1, "
-
-
-def test_an_anthropic_prefill_is_stripped_from_the_first_block() -> None:
-    start = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
-    stop = {"type": "content_block_stop", "index": 0}
-    deltas = [
-        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
-        for text in ("1, 2", "é, 3")
-    ]
-    _, plan = edit_request(Endpoint.MESSAGES, {"messages": PREFILLED}, stream=True, traits=Traits(repeats_prefill=True))
-    events = events_of(run(plan, [start, *deltas, stop], done=False))
-    assert events == [start, deltas[0] | {"delta": {"type": "text_delta", "text": " 3"}}, stop]
 
 
 def test_the_closing_events_of_a_response_say_what_its_deltas_said() -> None:
@@ -432,14 +370,6 @@ def test_a_grammar_cannot_continue_an_assistant_message(more: dict[str, Any]) ->
         edit_request(Endpoint.CHAT, {"messages": PREFILLED} | more, stream=True)
 
 
-def test_an_engine_that_enforces_tools_gets_them_narrowed_to_the_demand() -> None:
-    choice = {"type": "function", "function": {"name": "time"}}
-    body = {"messages": [USER], "tools": [WEATHER, TIME], "tool_choice": choice}
-    sent, plan = edit_request(Endpoint.CHAT, body, stream=True, traits=Traits(enforces_tools=True))
-    assert (sent["tools"], sent["tool_choice"]) == ([TIME], "required")
-    assert plan.passthrough
-
-
 def _forced(stream: bool) -> Plan:
     body = {"messages": [USER], "tools": [WEATHER], "tool_choice": "required"}
     return edit_request(Endpoint.CHAT, body, stream=stream)[1]
@@ -455,6 +385,15 @@ def test_a_forced_call_is_streamed_as_a_tool_call(cut: int) -> None:
     assert deltas[2:] == [{}]
     assert events[2]["choices"][0]["finish_reason"] == "tool_calls"
     assert events[-1]["usage"] == USAGE
+
+
+def test_frames_fed_together_become_what_they_become_one_by_one() -> None:
+    frames = [frame(event) for event in chat_stream(CALL[:20], CALL[20:])]
+    apart = AnswerAssembler(_forced(stream=True), new_id=lambda: "call_x")
+    expected = b"".join(map(apart.feed, frames))
+    for at in range(len(frames) + 1):
+        together = AnswerAssembler(_forced(stream=True), new_id=lambda: "call_x")
+        assert together.feed(b"".join(frames[:at])) + together.feed(b"".join(frames[at:])) == expected
 
 
 def test_a_forced_call_is_a_tool_call_in_the_whole_answer_too() -> None:

@@ -13,7 +13,8 @@ from core.errors import InvalidRequest
 from core.ids import ModelName, TenantId, new_request_id
 from gateway.api.requests import read_call
 from gateway.auth import Principal
-from gateway.telemetry import Metrics, RequestLog, RequestRecord
+from gateway.metrics import Metrics
+from gateway.telemetry import RequestLog, RequestRecord
 from routing.catalog import Catalog, Model
 
 
@@ -113,17 +114,17 @@ def test_a_request_is_counted_by_model_endpoint_and_status(metrics: Metrics) -> 
 
     endpoint = "/v1/chat/completions"
     assert value(metrics, "forebay_requests_total", model="big", endpoint=endpoint, code="200") == 1
-    assert value(metrics, "forebay_tokens_total", model="big", type="input") == 5
-    assert value(metrics, "forebay_tokens_total", model="big", type="output") == 3
-    assert value(metrics, "forebay_tokens_total", model="big", type="cached") == 2
-    assert value(metrics, "forebay_retries_total", model="big") == 2
+    assert value(metrics, "forebay_tokens_total", model="big", endpoint=endpoint, type="input") == 5
+    assert value(metrics, "forebay_tokens_total", model="big", endpoint=endpoint, type="output") == 3
+    assert value(metrics, "forebay_tokens_total", model="big", endpoint=endpoint, type="cached") == 2
+    assert value(metrics, "forebay_retries_total", model="big", endpoint=endpoint) == 2
     assert value(metrics, "forebay_overhead_seconds_count", model="big", endpoint=endpoint) == 1
 
 
 def test_a_client_that_left_is_counted(metrics: Metrics) -> None:
     metrics.observe(record(model="big", status=499))
 
-    assert value(metrics, "forebay_client_disconnects_total", model="big") == 1
+    assert value(metrics, "forebay_client_disconnects_total", model="big", endpoint="/v1/chat/completions") == 1
 
 
 def test_the_metrics_stay_as_many_under_ten_thousand_model_names(metrics: Metrics) -> None:
