@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet
-SOURCES := core routing engines gateway tests benchmarks sdk
+SOURCES := core routing storage engines gateway tests benchmarks sdk
 UV_VERSION := 0.13.9
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
@@ -20,7 +20,7 @@ ARGS ?=
 NAME ?= overhead
 QUICK ?=
 
-.PHONY: help run demo test test-vllm check fmt bench data lock install install-dev
+.PHONY: help run demo test test-vllm check check-compose fmt bench data lock sbom install install-dev
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,16 @@ check: $(DEV)  ## format, lint, types, layers, and whether the lock fits pyproje
 	$(BIN)/mypy $(SOURCES)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+	@$(MAKE) --no-print-directory check-compose
+
+check-compose: $(DEV)  ## compose.yaml and the Dockerfiles: our rules, the specification's schema, and `config -q` where a compose tool is installed
+	$(BIN)/python -m pytest -q tests/deploy/test_compose.py
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	@if docker compose version >/dev/null 2>&1; then tool="docker compose"; \
+	elif command -v docker-compose >/dev/null; then tool=docker-compose; \
+	else echo "not checked: compose.yaml by compose itself; there is none here (Debian: apt install docker-compose)"; exit 0; fi; \
+	for profile in "" postgres gpu observability; do \
+	  echo "COMPOSE_PROFILES=$$profile $$tool config -q"; COMPOSE_PROFILES=$$profile $$tool config -q || exit 1; done
 
 fmt: $(DEV)  ## format, and fix what can be fixed
 	$(BIN)/ruff format .
@@ -64,6 +74,10 @@ define lock
 .venv-lock/bin/uv pip compile -q pyproject.toml $(1) -o $(2) --generate-hashes --python-version 3.11 --universal \
   --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 endef
+
+sbom: $(DEV)  ## write dist/sbom.cdx.json: what an image is made of, from the lock (CycloneDX)
+	@mkdir -p dist
+	$(BIN)/python deploy/sbom.py requirements.txt >dist/sbom.cdx.json
 
 install: $(RUNTIME)  ## install only
 install-dev: $(DEV)  ## install only, with the tools for developers

@@ -1,7 +1,7 @@
 """A request as the layers below HTTP see it, and what an engine reports about the work it did."""
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -16,6 +16,13 @@ class Endpoint(StrEnum):
     EMBEDDINGS = "/v1/embeddings"
     RESPONSES = "/v1/responses"
     MESSAGES = "/v1/messages"
+
+
+Class = Literal["interactive", "standard", "batch"]
+"""How urgent a request is among those of its own tenant. A key caps it."""
+
+CLASSES: tuple[Class, ...] = ("interactive", "standard", "batch")
+"""The most urgent first."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -49,6 +56,7 @@ class CallContext(msgspec.Struct, frozen=True):
     program: str | None = None
     run: str | None = None
     stage: str | None = None
+    urgency: Class = "standard"
 
 
 class Call(msgspec.Struct, frozen=True):

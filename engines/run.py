@@ -7,6 +7,7 @@ from core.chat import Call, Usage
 from core.clock import Clock
 from core.completer import Served
 from core.errors import ForebayError
+from core.records import LegRecord
 from routing.journal import Journal
 from routing.scheduler import Cause, Start
 
@@ -41,6 +42,7 @@ class Run:
         "leg",
         "leg_error",
         "leg_started_at",
+        "legs",
         "pending",
         "progress_at",
         "queue_s",
@@ -50,6 +52,7 @@ class Run:
         "served",
         "sink",
         "task",
+        "unrecorded",
         "watches_progress",
     )
 
@@ -83,8 +86,11 @@ class Run:
         self.lags_since = now
         self.reader: asyncio.Task[None] | None = None
         self.served: Served | None = None
+        # The legs that have ended, or were told to end, in their order; one for each worker that was tried.
+        self.legs: list[LegRecord] = []
         # The leg that runs now, if any, and how it ends.
         self.leg: Start | None = None
+        self.unrecorded: Start | None = None
         self.task: asyncio.Task[None] | None = None
         self.leg_started_at = now
         self.progress_at = now
@@ -105,6 +111,13 @@ class Run:
     def is_closed(self) -> bool:
         """Whether nobody wants the answer any more."""
         return self._is_closed
+
+    def record_leg(self, cause: Cause, now: float) -> None:
+        """Note that the leg which runs now has ended, or will be no more use; only the first time counts."""
+        start, self.unrecorded = self.unrecorded, None
+        if start is not None:
+            began = self.leg_started_at
+            self.legs.append(LegRecord(start.worker, start.model, began - self.arrived_at, now - began, cause))
 
     def start_inline(self, start: Start) -> None:
         """Leave a leg to whoever awaits ``first_byte``."""

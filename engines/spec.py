@@ -12,9 +12,16 @@ class Launch(msgspec.Struct, frozen=True):
     that divides its memory over ``slots`` is given the product. ``command`` replaces the engine's own program
     (argv, no shell; ``{port}``, ``{key}``, ``{source}`` and ``{name}`` are filled in), ``args`` are added at its end.
     ``gpus`` are device indices, ``tp`` of them per worker; ``memory_gib`` is what it takes on each.
+
+    ``revision`` is the commit, tag or branch of a hub id, ``sha256`` the digest that a GGUF file must have.
+    ``trust_remote_code`` lets the engine run Python that comes with the model: whoever wrote the model then owns the
+    worker.
     """
 
     source: str = ""
+    revision: str | None = None
+    sha256: str | None = None
+    trust_remote_code: bool = False
     context: int = 2048
     slots: int = 4
     threads: int | None = None

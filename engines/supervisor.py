@@ -1,7 +1,7 @@
 """Keeps the declared set of workers alive."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -15,7 +15,7 @@ from engines.keeper import Keeper
 from engines.process import KILL_WAIT_S, Ports, WorkerLog
 from engines.spec import WorkerSpec
 from engines.tasks import Tasks
-from engines.worker import WorkerStatus
+from engines.worker import State, WorkerStatus
 
 FIRST_PORT = 18400
 NO_DEVICES: Mapping[WorkerId, str] = MappingProxyType({})
@@ -49,30 +49,36 @@ class Supervisor:
         visible_devices: Mapping[WorkerId, str] = NO_DEVICES,
         first_port: int = FIRST_PORT,
     ) -> None:
+        self._engines = engines
         self._specs = {spec.id: spec for spec in _checked(specs, engines)}
+        self._devices = dict(visible_devices)
         self._group = Tasks()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[WorkerId, asyncio.Task[None]] = {}
+        self._leaving: dict[WorkerId, asyncio.Task[None]] = {}
         ports = Ports(first_port)
         inherited = {name: value for name, value in env.items() if not name.startswith("FOREBAY_")}
-        self._keepers = {
-            spec.id: Keeper(
+
+        def keeper_of(spec: WorkerSpec) -> Keeper:
+            return Keeper(
                 spec,
                 engines[spec.engine],
                 clock=clock,
                 ports=ports,
                 output=WorkerLog(log_dir, spec.id),
                 env=inherited,
-                visible_devices=visible_devices.get(spec.id),
+                visible_devices=self._devices.get(spec.id),
                 on_change=on_change,
                 num_running=num_running,
             )
-            for spec in self._specs.values()
-        }
+
+        self._keeper_of = keeper_of
+        self._on_change = on_change
+        self._keepers = {spec.id: keeper_of(spec) for spec in self._specs.values()}
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
-        for worker, keeper in self._keepers.items():
-            self._tasks.append(self._group.create_task(keeper.run(), name=f"keep {worker}"))
+        for worker in self._keepers:
+            self._keep(worker)
         return self
 
     async def __aexit__(
@@ -83,12 +89,46 @@ class Supervisor:
         finally:
             for keeper in self._keepers.values():
                 keeper.close()
-            for task in self._tasks:
+            for task in (*self._tasks.values(), *self._leaving.values()):
                 task.cancel()
             await self._group.__aexit__(kind, error, traceback)
 
+    @property
+    def specs(self) -> tuple[WorkerSpec, ...]:
+        """The workers that are declared now; those that are leaving are not among them."""
+        return tuple(self._specs.values())
+
+    @property
+    def visible_devices(self) -> Mapping[WorkerId, str]:
+        """The GPUs of each worker."""
+        return self._devices
+
+    def apply(self, specs: Iterable[WorkerSpec], visible_devices: Mapping[WorkerId, str] = NO_DEVICES) -> None:
+        """Have these workers instead of those declared before. Returns at once; what has to be done is under way then.
+
+        A worker of a new id is started; where it is to have a GPU of one that leaves, once that one has gone. One whose
+        id is gone is drained and stopped, and forgotten. One that has changed is drained and started anew; one that has
+        not is left alone. Raises ``ValueError``, having done nothing, for a set that cannot be kept.
+        """
+        new = {spec.id: spec for spec in _checked(specs, self._engines)}
+        old, old_devices = self._specs, self._devices
+        self._specs, self._devices = new, dict(visible_devices)
+        for worker in self._keepers.keys() - new.keys() - self._leaving.keys():
+            self._leaving[worker] = self._group.create_task(self._leave(worker), name=f"leave {worker}")
+        for worker, spec in new.items():
+            if worker not in self._keepers:
+                self._add(spec, old_devices)
+                continue
+            returns = self._leaving.pop(worker, None)
+            if spec != old.get(worker) or visible_devices.get(worker) != old_devices.get(worker):
+                self._keepers[worker].change(spec, self._engines[spec.engine], visible_devices.get(worker))
+            if returns is not None:
+                returns.cancel()
+                self._keepers[worker].start()
+        self._keepers = {worker: self._keepers[worker] for worker in (*new, *(self._keepers.keys() - new.keys()))}
+
     def statuses(self) -> tuple[WorkerStatus, ...]:
-        """Return every worker's status, in the order of declaration."""
+        """Return every worker's status, in the order of declaration; those that are leaving come last."""
         return tuple(keeper.status for keeper in self._keepers.values())
 
     def status(self, worker: WorkerId) -> WorkerStatus:
@@ -97,7 +137,8 @@ class Supervisor:
 
     def driver_of(self, worker: WorkerId) -> Driver | None:
         """Return the live driver of a ready or draining worker; None otherwise. Not to be kept over a restart."""
-        return self._keepers[worker].driver
+        keeper = self._keepers.get(worker)
+        return keeper.driver if keeper is not None else None
 
     def start(self, worker: WorkerId) -> None:
         """Have a worker started now, whatever back-off it is in; calls off a drain. Nothing if it is up."""
@@ -123,13 +164,39 @@ class Supervisor:
         """Return the newest lines of a worker's log; none for an attached worker."""
         return await asyncio.to_thread(self._keepers[worker].log_lines, num_lines)
 
+    def _add(self, spec: WorkerSpec, old_devices: Mapping[WorkerId, str]) -> None:
+        keeper = self._keepers[spec.id] = self._keeper_of(spec)
+        wanted = _indices(self._devices.get(spec.id))
+        before = [task for worker, task in self._leaving.items() if wanted & _indices(old_devices.get(worker))]
+        self._on_change(keeper.status)
+        self._keep(spec.id, before)
+
+    def _keep(self, worker: WorkerId, before: Sequence[asyncio.Task[None]] = ()) -> None:
+        keeper = self._keepers[worker]
+
+        async def keep() -> None:
+            if before:
+                await asyncio.wait(before)
+            await keeper.run()
+
+        self._tasks[worker] = self._group.create_task(keep(), name=f"keep {worker}")
+
+    async def _leave(self, worker: WorkerId) -> None:
+        """Drain and stop a worker whatever else is asked of it meanwhile, then forget it."""
+        keeper = self._keepers[worker]
+        while keeper.status.state is not State.STOPPED or keeper.status.is_wanted:
+            await keeper.drain()
+        keeper.close()
+        self._tasks.pop(worker).cancel()
+        del self._keepers[worker], self._leaving[worker]
+
     async def _stop_all(self) -> None:
         for keeper in self._keepers.values():
             keeper.give_up()
         longest = max((spec.lifecycle.stop_timeout for spec in self._specs.values()), default=0.0)
         with suppress(TimeoutError):
             async with asyncio.timeout(longest + KILL_WAIT_S):
-                for keeper in self._keepers.values():
+                for keeper in tuple(self._keepers.values()):  # one that leaves goes from the table
                     await keeper.stop()
 
 
@@ -144,3 +211,7 @@ def _checked(specs: Iterable[WorkerSpec], engines: Mapping[str, Engine]) -> list
             raise ValueError(f"worker {spec.id!r} must have either url or launch")
         seen[spec.id] = spec
     return list(seen.values())
+
+
+def _indices(visible_devices: str | None) -> set[str]:
+    return set(visible_devices.split(",")) if visible_devices else set()

@@ -73,13 +73,14 @@ class IllegalEvent(RuntimeError):
 
 
 class Life:
-    """One worker's life over all its starts. Begins stopped; times come from ``clock`` alone.
+    """One worker's life over all its starts. Begins stopped; times come from ``clock`` alone. ``lifecycle`` may be
+    replaced at any time.
 
     ``since`` and ``next_start_at`` (None unless failed) are Unix times; ``last_error`` stays after a recovery.
     """
 
     def __init__(self, lifecycle: Lifecycle, clock: Clock) -> None:
-        self._lifecycle = lifecycle
+        self.lifecycle = lifecycle
         self._clock = clock
         self._is_well = False
         self._num_good = 0
@@ -117,12 +118,12 @@ class Life:
         """Whether it has answered that it is ill, and nothing else, for so long that only a restart will help."""
         ill_since = self._ill_since
         is_long = ill_since is not None and self._clock.monotonic() - ill_since >= ILL_FOR_GOOD_S
-        return is_long and self._num_bad >= self._lifecycle.fall
+        return is_long and self._num_bad >= self.lifecycle.fall
 
     @property
     def is_out_of_reach(self) -> bool:
         """Whether the last ``fall`` probes found nobody there. Means something only where we own no process."""
-        return self._num_absent >= self._lifecycle.fall
+        return self._num_absent >= self.lifecycle.fall
 
     # Events
 
@@ -155,9 +156,9 @@ class Life:
             self._ill_since = None
         elif self._ill_since is None:
             self._ill_since = self._clock.monotonic()
-        if self._num_bad >= self._lifecycle.fall:
+        if self._num_bad >= self.lifecycle.fall:
             self._is_well = False
-        elif self._num_good >= self._lifecycle.rise:
+        elif self._num_good >= self.lifecycle.rise:
             self._is_well = True
 
     def drain_began(self) -> None:
@@ -181,13 +182,13 @@ class Life:
         self._move(State.FAILED, *State)
         self.last_error = error
         exponent = min(self._crashes - 1, LARGEST_EXPONENT)
-        delay = min(self._lifecycle.backoff_base * 2.0**exponent, self._lifecycle.backoff_max)
+        delay = min(self.lifecycle.backoff_base * 2.0**exponent, self.lifecycle.backoff_max)
         self._start_due = self._clock.monotonic() + delay
         self.next_start_at = self._clock.wall() + delay
 
     def _has_proven_itself(self) -> bool:
         ready_since = self._ready_since
-        return ready_since is not None and self._clock.monotonic() - ready_since >= self._lifecycle.backoff_reset
+        return ready_since is not None and self._clock.monotonic() - ready_since >= self.lifecycle.backoff_reset
 
     def _forget_probes(self) -> None:
         self._num_good = self._num_bad = self._num_absent = 0

@@ -15,16 +15,19 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from gateway.api.admin import admin_routes
+from gateway.api.admin import admin_app
 from gateway.api.common import WithRequestId, speak_our_errors
 from gateway.api.data import AsgiApp, DataPlane
 from gateway.api.document import describe
 from gateway.api.health import health_routes
 from gateway.api.models import model_routes
 from gateway.connection import Connection, close_late
+from gateway.fleet import Localize
+from gateway.live import Live
+from gateway.logs import set_up_logging
+from gateway.metrics import Metrics
 from gateway.services import Services, open_services
 from gateway.settings import Settings, environment
-from gateway.telemetry import set_up_logging
 
 _log = structlog.get_logger(__name__)
 
@@ -43,29 +46,33 @@ class Ready(msgspec.Struct, frozen=True):
     services: Services
 
 
-async def serve(settings: Settings, *, on_ready: Callable[[Ready], Any]) -> None:
+async def serve(
+    live: Live, *, on_ready: Callable[[Ready], Any], localize: Localize = lambda settings: settings
+) -> None:
     """Run the gateway until SIGTERM or SIGINT, then drain: no new requests, the running ones to their end.
 
     ``on_ready`` is called once both ports listen. Raises ``SettingsError`` or ``OSError`` (a port in use).
     """
+    settings = live.settings
     set_up_logging(settings.log)
+    live.on_change(lambda: set_up_logging(live.settings.log))
     _raise_file_limit()
     with (
         _listening(settings.server.host, settings.server.port) as data_socket,
         _listening(settings.admin.host, settings.admin.port) as admin_socket,
     ):
-        async with open_services(settings, environment()) as services:
+        async with open_services(live, environment(), localize) as services, live:
             data = _Port(data_app(services), settings)
             admin = _Port(admin_app(services), settings)
             stop = _stop_signal()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(data.serve(data_socket))
                 tasks.create_task(admin.serve(admin_socket))
-                sweeper = tasks.create_task(_sweep((data, admin), settings))
+                sweeper = tasks.create_task(_sweep((data, admin), live, services.metrics))
                 _spare_the_collector()
                 on_ready(Ready(_url(data_socket), _url(admin_socket), services))
                 await stop.wait()
-                await _drain(services, settings)
+                await _drain(services, live.settings)
                 data.stop()
                 admin.stop()
                 sweeper.cancel()
@@ -80,24 +87,17 @@ def data_app(services: Services) -> DataPlane:
     speak_our_errors(app)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return DataPlane(
-        settings=services.settings.server,
-        keys=services.keys,
-        catalog=services.catalog,
+        live=services.live,
+        directory=services.directory,
+        admission=services.admission,
         chat=services.chat,
+        egress=services.egress,
         clock=services.clock,
         metrics=services.metrics,
-        request_log=services.request_log,
+        tracing=services.tracing,
+        books=services.books,
         others=WithRequestId(app),
     )
-
-
-def admin_app(services: Services) -> WithRequestId:
-    """Return the application of the admin port."""
-    app = FastAPI(title="Forebay admin", version=version("forebay-server"), redoc_url=None)
-    app.include_router(health_routes(services))
-    app.include_router(admin_routes(services))
-    speak_our_errors(app)
-    return WithRequestId(app)
 
 
 class _Port:
@@ -132,17 +132,19 @@ class _Port:
         return self.server.server_state.connections
 
 
-async def _sweep(ports: tuple[_Port, ...], settings: Settings) -> None:
-    """Close connections whose request does not arrive."""
+async def _sweep(ports: tuple[_Port, ...], live: Live, metrics: Metrics) -> None:
+    """Close connections whose request does not arrive, and note how late we are at it."""
     loop = asyncio.get_running_loop()
     while True:
+        due = loop.time() + _SWEEP_INTERVAL_S
         await asyncio.sleep(_SWEEP_INTERVAL_S)
+        metrics.observe_lag(loop.time() - due)
         for port in ports:
             close_late(
                 port.connections,
                 loop.time(),
-                header_timeout=settings.server.header_timeout,
-                body_timeout=settings.server.body_timeout,
+                header_timeout=live.settings.server.header_timeout,
+                body_timeout=live.settings.server.body_timeout,
             )
 
 

@@ -1,4 +1,4 @@
-"""Keys: who calls, and which models they may use. All hashes are in memory; nothing is asked of anybody."""
+"""Keys: who calls, and what they may use. All hashes are in memory; nothing is asked of anybody."""
 
 import hashlib
 import hmac
@@ -7,17 +7,22 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
-from core.errors import InvalidKey, ModelNotAllowed
+from core.chat import CLASSES, Class, Endpoint
+from core.errors import EndpointNotAllowed, InvalidKey, KeysUnavailable, ModelNotAllowed, TenantSuspended
 from core.ids import ModelName, TenantId
-from gateway.settings import KeySettings
-from routing.catalog import Catalog
+from core.tenancy import Key, Role, Tenant
 
 PREFIX = "fbk_"
 
+Item = TypeVar("Item")
+
 _NO_KEY = "no API key was sent: put it into the header 'Authorization: Bearer <key>'"
+_REVOKED = "this API key has been revoked; ask whoever gave it to you for a new one"
+_EXPIRED = "this API key has expired; ask whoever gave it to you for a new one"
 _UNKNOWN_KEY = "this API key is not known here; `forebay keys show-local` prints the one of a local gateway"
 
 
@@ -72,12 +77,26 @@ def _write_once(path: Path, text: str) -> None:
 
 
 class Principal(msgspec.Struct, frozen=True):
-    """A caller. ``models`` None means all of them."""
+    """A caller of the data port: a key and its tenant, what both allow. ``models`` and ``endpoints`` None: all."""
 
-    key_name: str
+    key: Key
+    tenant_spec: Tenant
     tenant: TenantId
-    digest: bytes
     models: frozenset[ModelName] | None
+    endpoints: frozenset[Endpoint] | None
+    max_class: Class
+
+    @classmethod
+    def of(cls, key: Key, tenant: Tenant) -> "Principal":
+        """Return what the key may do: never more than its tenant."""
+        return cls(
+            key=key,
+            tenant_spec=tenant,
+            tenant=tenant.id,
+            models=_both(key.models, tenant.models),
+            endpoints=_both(key.endpoints, tenant.endpoints),
+            max_class=max(key.max_class, tenant.max_class, key=CLASSES.index),
+        )
 
     def may_use(self, model: ModelName) -> bool:
         """Whether the key's allow-list covers the model."""
@@ -88,40 +107,102 @@ class Principal(msgspec.Struct, frozen=True):
         if not self.may_use(model):
             raise ModelNotAllowed(f"this key may not use the model {str(model)!r}", param="model")
 
+    def check_endpoint(self, endpoint: Endpoint) -> None:
+        """Raise ``EndpointNotAllowed`` unless the key may use the route."""
+        if self.endpoints is not None and endpoint not in self.endpoints:
+            raise EndpointNotAllowed(f"this key may not use {endpoint.value}")
 
-class Keys:
-    """All keys, by their hash. Immutable."""
 
-    def __init__(self, principals: Iterable[Principal]) -> None:
-        self._by_digest = {principal.digest: principal for principal in principals}
+class Operator(msgspec.Struct, frozen=True):
+    """A caller of the admin port."""
 
-    @classmethod
-    def from_settings(cls, keys: Iterable[KeySettings], catalog: Catalog) -> "Keys":
-        """Return the keys that the settings declare; aliases in allow-lists stand for their models."""
-        return cls(_principal(key, catalog) for key in keys)
+    name: str
+    role: Role
 
-    def identify(self, headers: Mapping[bytes, bytes]) -> Principal:
-        """Return who sent these headers (``Authorization: Bearer``, ``x-api-key`` or ``api-key``), or raise
-        ``InvalidKey``."""
-        secret = headers.get(b"authorization")
-        if secret is not None and secret[:7].lower() == b"bearer ":
-            secret = secret[7:].strip()
-        else:
-            secret = headers.get(b"x-api-key") or headers.get(b"api-key")
-        if not secret:
-            raise InvalidKey(_NO_KEY)
-        digest = hashlib.sha256(secret).digest()
-        principal = self._by_digest.get(digest)
-        if principal is None or not hmac.compare_digest(principal.digest, digest):
-            raise InvalidKey(_UNKNOWN_KEY)
+
+_ROLES = ("viewer", "operator", "policy", "admin")
+
+
+def covers(role: Role, needed: Role) -> bool:
+    """Whether a role may do what another may."""
+    return _ROLES.index(role) >= _ROLES.index(needed)
+
+
+class Keyring:
+    """All keys of one moment, by their hash. Immutable.
+
+    ``is_complete``: the database has told all it knows. Without that a key that is not here may yet be good.
+    """
+
+    def __init__(self, tenants: Iterable[Tenant], keys: Iterable[Key], *, is_complete: bool = True) -> None:
+        by_id = {tenant.id: tenant for tenant in tenants}
+        self.tenants: Mapping[TenantId, Tenant] = by_id
+        self.keys: Mapping[bytes, Key] = {key.digest: key for key in keys}
+        self.is_complete = is_complete
+        self._principals = {
+            key.digest: Principal.of(key, by_id.get(key.tenant) or Tenant(id=key.tenant))
+            for key in self.keys.values()
+            if key.role is None
+        }
+        self._operators = {
+            key.digest: Operator(key.name, key.role) for key in self.keys.values() if key.role is not None
+        }
+
+    @property
+    def has_budgets(self) -> bool:
+        """Whether anybody has a budget."""
+        return any(tenant.budgets or tenant.end_user_budgets for tenant in self.tenants.values()) or any(
+            key.budgets for key in self.keys.values()
+        )
+
+    def identify(self, headers: Mapping[bytes, bytes], now: float) -> Principal:
+        """Return who sent these headers (``Authorization: Bearer``, ``x-api-key`` or ``api-key``).
+
+        ``now`` is Unix time. Raises ``InvalidKey``, ``TenantSuspended``, or ``KeysUnavailable``.
+        """
+        digest = _digest_in(headers)
+        principal = self._principals.get(digest)
+        if principal is None or not hmac.compare_digest(principal.key.digest, digest):
+            raise self._unknown()
+        _check_validity(principal.key, now)
+        if principal.tenant_spec.is_suspended:
+            raise TenantSuspended(f"the tenant {str(principal.tenant)!r} is suspended; ask whoever runs this gateway")
         return principal
 
+    def operator(self, headers: Mapping[bytes, bytes], now: float) -> Operator:
+        """Return which operator sent these headers; raises like ``identify``."""
+        digest = _digest_in(headers)
+        operator = self._operators.get(digest)
+        if operator is None or not hmac.compare_digest(self.keys[digest].digest, digest):
+            raise self._unknown()
+        _check_validity(self.keys[digest], now)
+        return operator
 
-def _principal(key: KeySettings, catalog: Catalog) -> Principal:
-    digest = (
-        bytes.fromhex(key.sha256) if key.sha256 else digest_of(key.key.get_secret_value().encode()) if key.key else b""
-    )
-    models: frozenset[ModelName] | None = None
-    if "*" not in key.models:
-        models = frozenset(model.name for name in key.models if (model := catalog.find(name)) is not None)
-    return Principal(key_name=key.name, tenant=TenantId(key.tenant), digest=digest, models=models)
+    def _unknown(self) -> InvalidKey | KeysUnavailable:
+        if self.is_complete:
+            return InvalidKey(_UNKNOWN_KEY)
+        return KeysUnavailable("the database of keys cannot be reached, and this one is not known yet", retry_after=2.0)
+
+
+def _digest_in(headers: Mapping[bytes, bytes]) -> bytes:
+    secret = headers.get(b"authorization")
+    if secret is not None and secret[:7].lower() == b"bearer ":
+        secret = secret[7:].strip()
+    else:
+        secret = headers.get(b"x-api-key") or headers.get(b"api-key")
+    if not secret:
+        raise InvalidKey(_NO_KEY)
+    return hashlib.sha256(secret).digest()
+
+
+def _check_validity(key: Key, now: float) -> None:
+    if key.revoked_at is not None and key.revoked_at <= now:
+        raise InvalidKey(_REVOKED, code="key_revoked")
+    if key.expires_at is not None and key.expires_at <= now:
+        raise InvalidKey(_EXPIRED, code="key_expired")
+
+
+def _both(one: frozenset[Item] | None, other: frozenset[Item] | None) -> frozenset[Item] | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other

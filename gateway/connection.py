@@ -216,15 +216,11 @@ class Connection(HttpToolsProtocol):
         self._num_header_bytes = self._num_raw_bytes = 0
         self._head_since = self.loop.time()
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, unless there are too many bytes of them."""
-        self._num_header_bytes += len(name) + len(value)
+    def on_headers_complete(self) -> None:
+        """Put the connection where handlers find it, unless there are too many bytes of headers."""
+        self._num_header_bytes = sum([len(name) + len(value) for name, value in self.headers])
         if self._num_header_bytes > MAX_HEADER_BYTES:
             raise ValueError("headers too large")
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """Put the connection where handlers find it."""
         self._head_since = None
         self._body_since = self.loop.time()
         self.scope["extensions"] = {EXTENSION: self}  # type: ignore[dict-item]

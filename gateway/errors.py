@@ -6,7 +6,9 @@ import msgspec
 
 from core.chat import Endpoint
 from core.errors import (
+    BudgetExceeded,
     ClientIdle,
+    Conflict,
     ConnectionLimit,
     ConnectTimeout,
     ForebayError,
@@ -15,10 +17,14 @@ from core.errors import (
     InvalidRequest,
     MethodNotAllowed,
     PermissionDenied,
+    PreconditionFailed,
+    PreconditionRequired,
     QueueTimeout,
+    RateLimited,
     RequestTooLarge,
     TimedOut,
     Unavailable,
+    UnknownId,
     UnknownModel,
     UnknownUrl,
     UpstreamBroken,
@@ -43,9 +49,15 @@ _TABLE: dict[type[ForebayError], Outcome] = {
     RequestTooLarge: Outcome(413, "invalid_request_error", "request_too_large"),
     UnknownModel: Outcome(404, "invalid_request_error", "not_found_error"),
     UnknownUrl: Outcome(404, "invalid_request_error", "not_found_error"),
+    UnknownId: Outcome(404, "invalid_request_error", "not_found_error"),
+    Conflict: Outcome(409, "invalid_request_error", "invalid_request_error"),
+    PreconditionFailed: Outcome(412, "invalid_request_error", "invalid_request_error"),
+    PreconditionRequired: Outcome(428, "invalid_request_error", "invalid_request_error"),
     MethodNotAllowed: Outcome(405, "invalid_request_error", "invalid_request_error"),
     InvalidKey: Outcome(401, "authentication_error", "authentication_error"),
     PermissionDenied: Outcome(403, "permission_error", "permission_error"),
+    RateLimited: Outcome(429, "rate_limit_error", "rate_limit_error"),
+    BudgetExceeded: Outcome(429, "insufficient_quota", "rate_limit_error"),
     Unavailable: Outcome(503, "server_error", "overloaded_error"),
     ConnectionLimit: Outcome(429, "rate_limit_error", "rate_limit_error"),
     TimedOut: Outcome(504, "timeout_error", "api_error"),
@@ -103,8 +115,24 @@ def frame_of(error: ForebayError, endpoint: Endpoint, request_id: str) -> bytes:
 
 def headers_of(error: ForebayError) -> list[tuple[bytes, bytes]]:
     """Return what tells a client whether, and when, to come again."""
-    headers = [(b"x-should-retry", b"true" if isinstance(error, _CLIENT_MAY_RETRY) else b"false")]
+    may_retry = isinstance(error, _CLIENT_MAY_RETRY) or (
+        isinstance(error, RateLimited) and error.retry_after is not None
+    )
+    headers = [(b"x-should-retry", b"true" if may_retry else b"false")]
+    if isinstance(error, RateLimited) and error.measure in {"requests", "tokens"}:
+        measure = error.measure.encode()
+        headers += [
+            (b"x-ratelimit-limit-" + measure, b"%d" % error.limit),
+            (b"x-ratelimit-remaining-" + measure, b"0"),
+            (b"x-ratelimit-reset-" + measure, reset_text(error.retry_after or 0).encode()),
+        ]
     if error.retry_after is not None:
         headers.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
         headers.append((b"retry-after-ms", str(round(error.retry_after * 1000)).encode()))
     return headers
+
+
+def reset_text(seconds: float) -> str:
+    """Return seconds as OpenAI writes them in ``x-ratelimit-reset-*``: ``1s``, ``6m0s``."""
+    whole = round(seconds)
+    return f"{whole // 60}m{whole % 60}s" if whole >= 60 else f"{whole}s"

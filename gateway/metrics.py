@@ -1,38 +1,106 @@
-"""Prometheus metrics. Labels take their values from the settings, never from a request, so that there are few."""
+"""Prometheus metrics. Labels take their values from the settings and from fixed lists, never from a request, so that
+there are few. ``docs/reference/metrics.md`` lists them all.
+
+One process has one registry, behind its own admin port: several gateways are several targets, told apart by
+Prometheus's ``instance``, and share nothing.
+"""
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gateway.telemetry import RequestRecord
+from core.errors import ConnectionLimit, ForebayError, LimitsUnavailable, RateLimited
+from core.records import CLIENT_LEFT, RequestRecord
+from core.tenancy import PICO_PER_USD
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
-_CLIENT_LEFT = 499
+_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+_LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+_Numbers = Mapping[tuple[str, ...], float]
+
+
+class WorkerVitals(msgspec.Struct, frozen=True):
+    """One worker, as the gauges show it. ``states``: every state there is, and whether it is the present one."""
+
+    id: str
+    states: Mapping[str, bool]
+    is_healthy: bool
+    is_tripped: bool
+    num_running: int
+    num_restarts: int
+
+
+class Vitals(msgspec.Struct, frozen=True):
+    """How the process and its surroundings are at one moment. None: there is no such thing here.
+
+    ``queues``: waiting requests by model. ``redis_errors``: failed commands by operation, since the start.
+    ``revision`` names the settings in force.
+    """
+
+    workers: tuple[WorkerVitals, ...] = ()
+    queues: Mapping[str, int] = {}
+    num_inflight: int = 0
+    is_redis_up: bool | None = None
+    redis_errors: Mapping[str, int] = {}
+    is_database_up: bool | None = None
+    num_records_waiting: int = 0
+    revision: str = "file"
+    num_traces_exported: int = 0
+    num_traces_dropped: int = 0
 
 
 class Metrics:
-    """What ``/metrics`` exposes: the traffic, and the gauges that are set when somebody looks."""
+    """What ``/metrics`` exposes: the traffic as it is observed, and the vitals, read when somebody looks."""
 
     def __init__(self) -> None:
+        # They would be a second series beside each counter, for what process_start_time_seconds says.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         self._traffic = _Traffic()
+        self._gauges = _Gauges()
         registry.register(self._traffic)
-        self.log_dropped = Counter("forebay_log_dropped", "Request log lines dropped, queue full.", registry=registry)
-        self.worker_state = Gauge(
-            "forebay_worker_state", "1 for the worker's present state.", ("worker", "state"), registry=registry
+        registry.register(self._gauges)
+        ProcessCollector(registry=registry)
+        self.records_dropped = Counter(
+            "forebay_records_dropped", "Request records that were lost: their queue was full.", registry=registry
         )
-        self.worker_running = Gauge("forebay_worker_inflight_requests", "Slots taken.", ("worker",), registry=registry)
-        self.queue_depth = Gauge("forebay_queue_depth", "Requests that wait.", ("model",), registry=registry)
-        self.worker_restarts = Gauge("forebay_worker_restarts", "Starts after a crash.", ("worker",), registry=registry)
+        self._reloads = Counter(
+            "forebay_config_reloads", "Attempts to take over new settings.", ("result",), registry=registry
+        )
+        for result in ("applied", "refused"):
+            self._reloads.labels(result)
+        self._lag = Histogram(
+            "forebay_event_loop_lag_seconds",
+            "How late the event loop woke up, sampled once a second.",
+            buckets=_LAG,
+            registry=registry,
+        )
 
-    def observe(self, record: RequestRecord) -> None:
-        """Count one finished request."""
+    def observe(self, record: RequestRecord, error: ForebayError | None = None) -> None:
+        """Count one finished request, and the error that it ended with."""
         self._traffic.observe(record)
+        if error is not None:
+            self._traffic.observe_error(record, error)
+
+    def observe_lag(self, seconds: float) -> None:
+        """Note how much later than asked the event loop woke up."""
+        self._lag.observe(max(0.0, seconds))
+
+    def count_reload(self, *, is_applied: bool) -> None:
+        """Count an attempt to take over new settings."""
+        self._reloads.labels("applied" if is_applied else "refused").inc()
+
+    def watch(self, read: Callable[[], Vitals]) -> None:
+        """Call ``read`` whenever somebody looks. It has to be quick, and must not fail."""
+        self._gauges.read = read
 
 
 class _Distribution:
@@ -57,19 +125,23 @@ class _Distribution:
 class _Line:
     """What is counted of one model on one endpoint."""
 
-    __slots__ = ("cached", "duration", "first_byte", "input", "num_left", "num_retries", "output", "overhead", "queue")
+    __slots__ = (
+        "cached", "cost", "duration", "first_byte", "input", "num_left", "output", "overhead", "per_token", "queue"
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.duration = _Distribution(_LATENCY)
         self.first_byte = _Distribution(_LATENCY)
+        self.per_token = _Distribution(_PER_TOKEN)
         self.queue = _Distribution(_LATENCY)
         self.overhead = _Distribution(_OVERHEAD)
-        self.input = self.output = self.cached = self.num_retries = self.num_left = 0
+        self.input = self.output = self.cached = self.cost = self.num_left = 0
 
     def observe(self, record: RequestRecord) -> None:
         self.duration.observe(record.duration_s)
-        if record.first_byte_s is not None:
-            self.first_byte.observe(record.first_byte_s)
+        first_byte_s = record.first_byte_s
+        if first_byte_s is not None:
+            self.first_byte.observe(first_byte_s)
             self.queue.observe(record.queue_s)
         if record.overhead_s is not None:
             self.overhead.observe(record.overhead_s)
@@ -77,9 +149,10 @@ class _Line:
             self.input += usage.prompt_tokens
             self.output += usage.completion_tokens
             self.cached += usage.cached_tokens
-        if record.attempts > 1:
-            self.num_retries += record.attempts - 1
-        if record.status == _CLIENT_LEFT:
+            self.cost += record.cost
+            if record.stream and first_byte_s is not None and usage.completion_tokens > 1:
+                self.per_token.observe((record.duration_s - first_byte_s) / (usage.completion_tokens - 1))
+        if record.status == CLIENT_LEFT:
             self.num_left += 1
 
 
@@ -90,6 +163,10 @@ class _Traffic(Collector):
     def __init__(self) -> None:
         self._lines: dict[tuple[str, str], _Line] = {}
         self._codes: dict[tuple[str, str, int], int] = {}
+        self._retries: dict[tuple[str, ...], int] = {}
+        self._fallbacks: dict[tuple[str, ...], int] = {}
+        self._errors: dict[tuple[str, ...], int] = {}
+        self._rejections: dict[tuple[str, ...], int] = {}
 
     def observe(self, record: RequestRecord) -> None:
         model, endpoint = record.model, record.endpoint
@@ -101,6 +178,21 @@ class _Traffic(Collector):
         if line is None:
             line = self._lines[model, endpoint] = _Line()
         line.observe(record)
+        if len(record.legs) > 1:
+            for leg in record.legs[:-1]:
+                _add_one(self._retries, (leg.model, leg.cause))
+        if record.asked_model is not None and record.asked_model != model:
+            _add_one(self._fallbacks, (record.asked_model, model))
+
+    def observe_error(self, record: RequestRecord, error: ForebayError) -> None:
+        # The class's code, not the error's own: that may be an engine's, and engines say what they like.
+        _add_one(self._errors, (record.model or "other", type(error).code))
+        if isinstance(error, RateLimited):
+            _add_one(self._rejections, ((error.measure or "other").replace(" ", "_"),))
+        elif isinstance(error, ConnectionLimit):
+            _add_one(self._rejections, ("connections",))
+        elif isinstance(error, LimitsUnavailable):
+            _add_one(self._rejections, ("unavailable",))
 
     def collect(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("forebay_requests", "Requests answered.", labels=("model", "endpoint", "code"))
@@ -109,16 +201,40 @@ class _Traffic(Collector):
         yield requests
         yield self._histogram("forebay_request_duration_seconds", "Arrival to last byte.", "duration")
         yield self._histogram("forebay_time_to_first_token_seconds", "Arrival to first byte.", "first_byte")
+        yield self._histogram(
+            "forebay_time_per_output_token_seconds",
+            "Time between a stream's first and last byte, per token after the first; a request's mean counts once.",
+            "per_token",
+        )
         yield self._histogram("forebay_queue_wait_seconds", "Wait for a worker.", "queue")
         yield self._histogram("forebay_overhead_seconds", "Time spent in Forebay itself.", "overhead")
-        tokens = CounterMetricFamily("forebay_tokens", "Tokens metered.", labels=("model", "endpoint", "type"))
+        tokens = CounterMetricFamily(
+            "forebay_tokens", "Tokens metered; cached ones are part of the input.", labels=("model", "endpoint", "type")
+        )
+        spend = CounterMetricFamily(
+            "forebay_spend_usd", "What was used, at the settings' prices.", labels=("model", "endpoint")
+        )
+        left = CounterMetricFamily(
+            "forebay_client_disconnects", "Clients that left early.", labels=("model", "endpoint")
+        )
         for labels, line in self._lines.items():
             tokens.add_metric((*labels, "input"), line.input)
             tokens.add_metric((*labels, "output"), line.output)
             tokens.add_metric((*labels, "cached"), line.cached)
-        yield tokens
-        yield self._counter("forebay_retries", "Legs after a request's first.", "num_retries")
-        yield self._counter("forebay_client_disconnects", "Clients that left early.", "num_left")
+            spend.add_metric(labels, line.cost / PICO_PER_USD)
+            left.add_metric(labels, line.num_left)
+        yield from (tokens, spend, left)
+        yield _counter("forebay_retries", "Legs followed by another, by their end.", ("model", "cause"), self._retries)
+        yield _counter(
+            "forebay_fallbacks", "Requests that another model answered.", ("model", "answered_by"), self._fallbacks
+        )
+        yield _counter("forebay_errors", "Requests that ended in an error.", ("model", "code"), self._errors)
+        yield _counter(
+            "forebay_limit_rejections",
+            "Requests refused by a limit or a budget.",
+            ("kind",),
+            self._rejections,
+        )
 
     def _histogram(self, name: str, help_text: str, field: str) -> Metric:
         family = HistogramMetricFamily(name, help_text, labels=("model", "endpoint"))
@@ -126,8 +242,81 @@ class _Traffic(Collector):
             getattr(line, field).add_to(family, labels)
         return family
 
-    def _counter(self, name: str, help_text: str, field: str) -> Metric:
-        family = CounterMetricFamily(name, help_text, labels=("model", "endpoint"))
-        for labels, line in self._lines.items():
-            family.add_metric(labels, getattr(line, field))
-        return family
+
+class _Gauges(Collector):
+    """Shows what is read when somebody looks."""
+
+    def __init__(self) -> None:
+        self.read: Callable[[], Vitals] = Vitals
+        self._version = _version()
+
+    def collect(self) -> Iterator[Metric]:
+        vitals = self.read()
+        yield from _workers(vitals.workers)
+        queues: _Numbers = {(model,): count for model, count in vitals.queues.items()}
+        yield _gauge("forebay_queue_depth", "Requests that wait.", ("model",), queues)
+        yield GaugeMetricFamily("forebay_inflight_requests", "Answers that are not complete.", vitals.num_inflight)
+        yield _presence("forebay_redis_up", "1 while Redis answers; absent without one.", vitals.is_redis_up)
+        errors: _Numbers = {(operation,): count for operation, count in vitals.redis_errors.items()}
+        yield _counter("forebay_redis_errors", "Redis commands that failed.", ("op",), errors)
+        yield _presence("forebay_database_up", "1 while the database answers.", vitals.is_database_up)
+        yield GaugeMetricFamily(
+            "forebay_records_waiting", "Request records not written yet.", vitals.num_records_waiting
+        )
+        yield _gauge("forebay_config_info", "The settings in force.", ("revision",), {(vitals.revision,): 1})
+        yield _gauge("forebay_build_info", "What runs.", ("version",), {(self._version,): 1})
+        yield CounterMetricFamily(
+            "forebay_traces_exported", "Traces of requests that the collector took.", vitals.num_traces_exported
+        )
+        yield CounterMetricFamily(
+            "forebay_traces_dropped",
+            "Traces lost: the queue was full, or the collector did not take them.",
+            vitals.num_traces_dropped,
+        )
+
+
+def _workers(workers: tuple[WorkerVitals, ...]) -> Iterator[Metric]:
+    label = ("worker",)
+    yield _gauge(
+        "forebay_worker_state",
+        "1 for the worker's present state.",
+        ("worker", "state"),
+        {(worker.id, state): int(is_it) for worker in workers for state, is_it in worker.states.items()},
+    )
+    healthy: _Numbers = {(worker.id,): int(worker.is_healthy) for worker in workers}
+    yield _gauge("forebay_worker_healthy", "1 while the worker's probes are good.", label, healthy)
+    tripped: _Numbers = {(worker.id,): int(worker.is_tripped) for worker in workers}
+    yield _gauge("forebay_worker_breaker_open", "1 while failures keep work away from it.", label, tripped)
+    running: _Numbers = {(worker.id,): worker.num_running for worker in workers}
+    yield _gauge("forebay_worker_inflight_requests", "Slots taken.", label, running)
+    restarts: _Numbers = {(worker.id,): worker.num_restarts for worker in workers}
+    yield _counter("forebay_worker_restarts", "Starts after the first.", label, restarts)
+
+
+def _add_one(counts: dict[tuple[str, ...], int], key: tuple[str, ...]) -> None:
+    counts[key] = counts.get(key, 0) + 1
+
+
+def _counter(name: str, help_text: str, labels: tuple[str, ...], counts: _Numbers) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, help_text, labels=labels)
+    for values, count in counts.items():
+        family.add_metric(values, count)
+    return family
+
+
+def _gauge(name: str, help_text: str, labels: tuple[str, ...], values: _Numbers) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, help_text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family
+
+
+def _presence(name: str, help_text: str, is_up: bool | None) -> GaugeMetricFamily:
+    return _gauge(name, help_text, (), {} if is_up is None else {(): int(is_up)})
+
+
+def _version() -> str:
+    try:
+        return version("forebay-server")
+    except PackageNotFoundError:  # run from its source folder
+        return "source"

@@ -1,30 +1,45 @@
 """The composition root: the only place that knows every part, and puts them together."""
 
-import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
-from core.chat import Timeouts
 from core.clock import Clock, SystemClock
-from core.ids import ModelName, WorkerId
-from engines import devices
+from core.ids import ModelName, TenantId, WorkerId
+from core.tenancy import Key, Price, Stored
 from engines.dispatcher import Bounds, Dispatcher
 from engines.drivers.llamacpp import LlamaCppEngine
 from engines.drivers.openai import OpenAIEngine
 from engines.drivers.vllm import VllmEngine
 from engines.engine import Engine
-from engines.spec import Launch, Lifecycle, WorkerSpec
 from engines.supervisor import Supervisor
 from engines.worker import State, WorkerStatus
-from gateway.auth import EmptyKeyFile, Keys, digest_of, keep_key, new_admin_key
+from gateway.admission import Admission
+from gateway.auth import EmptyKeyFile, digest_of, keep_key, new_admin_key
+from gateway.books import Books
 from gateway.chat import ChatService
+from gateway.directory import Directory
+from gateway.egress import Egress, Policy
+from gateway.fleet import Localize, fleet_of, prepare
+from gateway.limits import open_limiter
+from gateway.live import Live
 from gateway.metrics import Metrics
-from gateway.settings import Settings, SettingsError, TimeoutSettings, WorkerSettings
-from gateway.telemetry import RequestLog
-from routing.catalog import Catalog, Model
+from gateway.overlays import Overlays
+from gateway.settings import Settings, SettingsError
+from gateway.spending import Spending
+from gateway.tenants import declared_keys, declared_tenants, price_of
+from gateway.tracing import Tracing
+from gateway.upkeep import Upkeep
+from gateway.vitals import vitals_of
+from routing.catalog import Catalog
 from routing.scheduler import Limits, Scheduler, WorkerView
+from storage.sql.audit import Audit
+from storage.sql.database import FILE_NAME, Database, sqlite_url
+from storage.sql.ledger import Ledger
+from storage.sql.requests import Requests
+from storage.sql.revisions import Revisions
+from storage.sql.tenants import Tenants
 
 ENGINES: Mapping[str, Engine] = {
     "llamacpp": LlamaCppEngine(),
@@ -33,76 +48,190 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 
-class Services(msgspec.Struct, frozen=True):
-    """Everything that handlers use. ``admin_digest`` is the SHA-256 of the admin key."""
+class Store(msgspec.Struct, frozen=True):
+    """What is kept in the database, one repository for each kind."""
 
-    settings: Settings
+    tenants: Tenants
+    ledger: Ledger
+    requests: Requests
+    audit: Audit
+    revisions: Revisions
+
+    @classmethod
+    def of(cls, database: Database, clock: Clock) -> "Store":
+        """Return the repositories of one database."""
+        return cls(Tenants(database), Ledger(database, clock), Requests(database), Audit(database), Revisions(database))
+
+
+class Services(msgspec.Struct, frozen=True):
+    """Everything that handlers use."""
+
+    live: Live
+    overlays: Overlays
     clock: Clock
-    catalog: Catalog
-    keys: Keys
-    admin_digest: bytes
+    database: Database
+    store: Store
+    directory: Directory
+    spending: Spending
+    admission: Admission
+    books: Books
     supervisor: Supervisor
     dispatcher: Dispatcher
     chat: ChatService
+    egress: Egress
     metrics: Metrics
-    request_log: RequestLog | None
+    tracing: Tracing | None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force at this moment."""
+        return self.live.settings
+
+    @property
+    def catalog(self) -> Catalog:
+        """The models on offer at this moment."""
+        return self.live.catalog
 
 
 @asynccontextmanager
-async def open_services(settings: Settings, env: Mapping[str, str]) -> AsyncIterator[Services]:
+async def open_services(
+    live: Live, env: Mapping[str, str], localize: Localize = lambda settings: settings
+) -> AsyncIterator[Services]:
     """Start everything that runs beside HTTP; leaving the context stops it, workers last.
+
+    What is read from ``settings`` here holds until the next start; what may change is read from ``live`` each time.
 
     Raises ``SettingsError`` for what the file asks and this machine cannot give.
     """
     clock = SystemClock()
-    catalog = catalog_of(settings)
-    specs = specs_of(settings)
-    try:
-        visible_devices = devices.assign(specs, await devices.inventory() if _wants_gpus(specs) else ())
-    except devices.DeviceError as error:
-        raise SettingsError(str(error)) from error
-    scheduler = Scheduler(
-        Limits(
-            queue=settings.queue.size,
-            queue_per_tenant=settings.queue.per_tenant,
-            attempts=settings.retry.attempts,
-            max_retry_after=settings.retry.max_retry_after,
-        )
-    )
-    bounds = Bounds(undelivered_bytes=settings.server.max_stream_bytes, client_idle=settings.server.client_idle)
+    settings = live.settings
+    fleet = await fleet_of(settings, localize)
+    scheduler = Scheduler(_limits(settings))
     metrics = Metrics()
-    log = RequestLog(settings.state_dir / "requests.jsonl", settings.request_log.max_size, metrics.log_dropped)
 
     def on_change(status: WorkerStatus) -> None:
         dispatcher.on_worker(view_of(status))
 
     supervisor = Supervisor(
-        specs,
+        fleet.specs,
         ENGINES,
         clock,
         settings.state_dir / "logs",
         on_change,
         num_running=scheduler.num_running,
         env=env,
-        visible_devices=visible_devices,
+        visible_devices=fleet.visible_devices,
     )
-    dispatcher = Dispatcher(scheduler, clock, supervisor.driver_of, bounds)
+    dispatcher = Dispatcher(scheduler, clock, supervisor.driver_of, _bounds(settings))
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    async with supervisor, dispatcher, log:
+    database = Database(
+        settings.database.url.get_secret_value()
+        if settings.database.url
+        else sqlite_url(settings.state_dir / FILE_NAME),
+        pool=settings.database.pool,
+        timeout_s=settings.database.timeout,
+    )
+    store = Store.of(database, clock)
+    upkeep = Upkeep(
+        database, clock, migrate=settings.database.migrate, retention_s=lambda: live.settings.request_log.retention
+    )
+    guarded = upkeep.guarded
+    directory = Directory(
+        lambda: declared(live.settings, live.catalog), guarded(store.tenants.version), guarded(store.tenants.snapshot)
+    )
+    spending = Spending(guarded(store.ledger.sums), clock, lambda: directory.keyring.has_budgets)
+    prices = _prices(settings)
+    books = Books(
+        guarded(store.ledger.book),
+        settings.state_dir / "ledger.pending",
+        sample=lambda: live.settings.request_log.sample if live.settings.request_log.enabled else 0.0,
+        on_dropped=metrics.records_dropped.inc,
+    )
+    async with (
+        _tracing(live, supervisor) as tracing,
+        open_limiter(settings.redis, clock) as counting,
+        database,
+        upkeep,
+        directory,
+        spending,
+        books,
+        supervisor,
+        dispatcher,
+        AsyncExitStack() as stack,
+    ):
+        metrics.watch(
+            lambda: vitals_of(
+                supervisor=supervisor,
+                dispatcher=dispatcher,
+                catalog=live.catalog,
+                books=books,
+                directory=directory,
+                tracing=tracing,
+                redis=counting.redis,
+                revision=live.digest,
+            )
+        )
         for status in supervisor.statuses():
             on_change(status)
+
+        def follow() -> None:
+            nonlocal prices
+            prices = _prices(live.settings)
+            scheduler.limits = _limits(live.settings)
+            dispatcher.bounds = _bounds(live.settings)
+            directory.redeclare()
+
+        live.before_change(lambda wanted: prepare(wanted, localize, supervisor))
+        live.on_change(follow)
+        overlays = await stack.enter_async_context(
+            Overlays(store.revisions, live, clock, is_ready=lambda: upkeep.is_ready)
+        )
         yield Services(
-            settings=settings,
+            live=live,
+            overlays=overlays,
             clock=clock,
-            catalog=catalog,
-            keys=Keys.from_settings(settings.keys, catalog),
-            admin_digest=_admin_digest(settings),
+            database=database,
+            store=store,
+            directory=directory,
+            spending=spending,
+            admission=Admission(counting.limiter, clock, lambda: spending.spent, lambda: prices),
+            books=books,
             supervisor=supervisor,
             dispatcher=dispatcher,
             chat=ChatService(dispatcher),
+            egress=Egress(Policy(**settings.egress.model_dump())),
             metrics=metrics,
-            request_log=log if settings.request_log.enabled else None,
+            tracing=tracing,
         )
+
+
+@asynccontextmanager
+async def _tracing(live: Live, supervisor: Supervisor) -> AsyncIterator[Tracing | None]:
+    """Export traces while inside, if the settings name a collector."""
+    settings = live.settings.tracing
+    if settings.endpoint is None:
+        yield None
+        return
+    from gateway.otlp import Exporter  # noqa: PLC0415 - takes 0.2 s: only for who traces
+
+    def engine_of(worker: str) -> str | None:
+        try:
+            return supervisor.status(WorkerId(worker)).engine
+        except KeyError:
+            return None
+
+    exporter = Exporter(settings.endpoint, settings.service_name, engine_of)
+    try:
+        async with Tracing(exporter, lambda: live.settings.tracing.sample) as tracing:
+            yield tracing
+    finally:
+        exporter.close()
+
+
+def declared(settings: Settings, catalog: Catalog) -> Stored:
+    """Return the tenants and keys of the settings, the admin key among them."""
+    admin = Key(id="file:admin", name="admin", tenant=TenantId(""), digest=_admin_digest(settings), role="admin")
+    return Stored(0, declared_tenants(settings, catalog), (admin, *declared_keys(settings, catalog)))
 
 
 def view_of(status: WorkerStatus) -> WorkerView:
@@ -118,69 +247,21 @@ def view_of(status: WorkerStatus) -> WorkerView:
     )
 
 
-def catalog_of(settings: Settings) -> Catalog:
-    """Return the models that the settings declare."""
-    created = int(time.time())
-    return Catalog(
-        tuple(
-            Model(
-                name=ModelName(name),
-                aliases=model.aliases,
-                fallbacks=tuple(ModelName(fallback) for fallback in model.fallbacks),
-                timeouts=_timeouts(model.timeouts or settings.timeouts),
-                created=created,
-            )
-            for name, model in settings.models.items()
-        )
+def _prices(settings: Settings) -> Mapping[ModelName, Price]:
+    return {ModelName(name): price_of(model.price) for name, model in settings.models.items()}
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        queue=settings.queue.size,
+        queue_per_tenant=settings.queue.per_tenant,
+        attempts=settings.retry.attempts,
+        max_retry_after=settings.retry.max_retry_after,
     )
 
 
-def specs_of(settings: Settings) -> tuple[WorkerSpec, ...]:
-    """Return every declared worker; those of one model are numbered from 0."""
-    specs: list[WorkerSpec] = []
-    for name, model in settings.models.items():
-        workers = [worker for worker in model.workers for _ in range(worker.replicas)]
-        stem = name.replace("/", "_").replace(":", "_")
-        specs += (_spec(WorkerId(f"{stem}-{index}"), ModelName(name), worker) for index, worker in enumerate(workers))
-    return tuple(specs)
-
-
-def _spec(worker: WorkerId, model: ModelName, settings: WorkerSettings) -> WorkerSpec:
-    launch = settings.launch
-    default_inflight = launch.slots if launch is not None else 64
-    return WorkerSpec(
-        id=worker,
-        model=model,
-        engine=settings.engine,
-        url=settings.url.rstrip("/").removesuffix("/v1") if settings.url is not None else None,
-        launch=Launch(
-            source=launch.source,
-            context=launch.context,
-            slots=launch.slots,
-            threads=launch.threads,
-            gpus=launch.gpus,
-            tp=launch.tp,
-            memory_gib=launch.memory / 2**30 if launch.memory is not None else None,
-            args=launch.args,
-            env=launch.env,
-            program=launch.program,
-            command=launch.command,
-        )
-        if launch is not None
-        else None,
-        served_name=settings.served_name,
-        api_key=settings.key.get_secret_value() if settings.key is not None else None,
-        max_inflight=settings.max_inflight or default_inflight,
-        lifecycle=Lifecycle(**settings.lifecycle.model_dump()),
-    )
-
-
-def _timeouts(settings: TimeoutSettings) -> Timeouts:
-    return Timeouts(**settings.model_dump())
-
-
-def _wants_gpus(specs: tuple[WorkerSpec, ...]) -> bool:
-    return any(spec.launch is not None and spec.launch.gpus for spec in specs)
+def _bounds(settings: Settings) -> Bounds:
+    return Bounds(undelivered_bytes=settings.server.max_stream_bytes, client_idle=settings.server.client_idle)
 
 
 def _admin_digest(settings: Settings) -> bytes:

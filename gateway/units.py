@@ -3,10 +3,11 @@
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"": 1, "B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_COUNTS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -30,5 +31,14 @@ def num_bytes(value: object) -> object:
     return int(scaled) if isinstance(scaled, float) else scaled
 
 
-Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(num_bytes), Field(gt=0)]
+def count(value: object) -> object:
+    """Return a number for text such as ``200k``."""
+    scaled = _scaled(value, _COUNTS, "'200k' or '1M'")
+    return int(scaled) if isinstance(scaled, float) and isinstance(value, str) else scaled
+
+
+_WRITTEN = WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]})
+
+Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0), _WRITTEN]
+Bytes = Annotated[int, BeforeValidator(num_bytes), Field(gt=0), _WRITTEN]
+Count = Annotated[int, BeforeValidator(count), Field(gt=0), _WRITTEN]

@@ -39,7 +39,8 @@ class WorkerView(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A request has come. ``models``: the one asked for, then its fallbacks."""
+    """A request has come. ``models``: the one asked for, then its fallbacks. ``rank``: its place among its tenant's
+    own, the lower the sooner."""
 
     request: RequestId
     tenant: TenantId
@@ -47,6 +48,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     tokens_estimate: int
     queue_timeout: float
     now: float
+    rank: int = 0
 
 
 class FirstToken(msgspec.Struct, frozen=True, tag="first_token"):
@@ -137,6 +139,7 @@ class _Request(msgspec.Struct):
     models: tuple[ModelName, ...]
     tokens_estimate: int
     queue_timeout: float
+    rank: int
     deadline: float = 0.0
     not_before: float = 0.0
     num_legs: int = 0
@@ -170,10 +173,13 @@ class _Worker:
 
 
 class Scheduler:
-    """Orders waiting requests and gives each its worker. Same events, same effects: it may be replayed."""
+    """Orders waiting requests and gives each its worker. Same events, same effects: it may be replayed.
+
+    ``limits`` may be replaced between two events; what waits already stays.
+    """
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._requests: dict[RequestId, _Request] = {}
         self._legs: dict[LegId, _Leg] = {}
         self._workers: dict[WorkerId, _Worker] = {}
@@ -225,6 +231,11 @@ class Scheduler:
         state = self._workers.get(worker)
         return state.num_running if state is not None else 0
 
+    def is_tripped(self, worker: WorkerId) -> bool:
+        """Return whether the worker has failed so often that it is given no work, or one request on trial."""
+        state = self._workers.get(worker)
+        return state is not None and state.breaker.open_until is not None
+
     def _on_submit(self, event: Submit) -> list[Effect]:
         request = _Request(
             id=event.request,
@@ -232,6 +243,7 @@ class Scheduler:
             models=event.models,
             tokens_estimate=event.tokens_estimate,
             queue_timeout=event.queue_timeout,
+            rank=event.rank,
         )
         self._requests[request.id] = request
         return self._enqueue(request, event.now, front=False)
@@ -277,6 +289,10 @@ class Scheduler:
         if worker is None:
             worker = self._workers[view.id] = _Worker(view)
             self._by_model.setdefault(view.model, []).append(worker)
+        elif view.model != worker.view.model:  # an operator has given the id to another model's worker
+            self._by_model[worker.view.model].remove(worker)
+            self._by_model.setdefault(view.model, []).append(worker)
+            worker.breaker = Breaker()
         elif view.incarnation != worker.view.incarnation:
             worker.breaker = Breaker()
         worker.view = view
@@ -319,7 +335,7 @@ class Scheduler:
         if event.cause != "unreachable":
             request.num_attempts += 1
         advice = self._pause_after(request, event)
-        if request.num_attempts >= self._limits.attempts or advice > self._limits.max_retry_after:
+        if request.num_attempts >= self.limits.attempts or advice > self.limits.max_retry_after:
             return self._fall_back(request, event.now, Reject(request.id, why="failed", retry_after=event.retry_after))
         request.not_before = event.now + advice
         if event.cause != "unreachable":  # else it has waited all the while, and tries without end have to end
@@ -345,10 +361,10 @@ class Scheduler:
         if not self._has_hope(request.model):
             return self._fall_back(request, now, Reject(request.id, why="no_healthy_worker", retry_after=1.0))
         if not front and (
-            len(queue) >= self._limits.queue or queue.num_waiting(request.tenant) >= self._limits.queue_per_tenant
+            len(queue) >= self.limits.queue or queue.num_waiting(request.tenant) >= self.limits.queue_per_tenant
         ):
             return self._fall_back(request, now, Reject(request.id, why="queue_full", retry_after=1.0))
-        queue.push(request.tenant, request.id, front=front)
+        queue.push(request.tenant, request.id, rank=request.rank, front=front)
         self._wake(request.deadline, request.model, request.id)
         if request.not_before > now:
             self._wake(request.not_before, request.model)

@@ -119,7 +119,7 @@ def test_tools_for_developers_do_not_change_what_the_server_runs_with() -> None:
 
 def test_only_the_settings_read_the_environment() -> None:
     readers = {path.relative_to(ROOT).as_posix() for path in server_modules() if reads_environment(path)}
-    assert {name for name in readers if not name.startswith(PROGRAMS)} == {"gateway/settings.py"}
+    assert {name for name in readers if not name.startswith(PROGRAMS)} == {"gateway/settings/sources.py"}
 
 
 def reads_environment(path: Path) -> bool:

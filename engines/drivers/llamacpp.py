@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 
 from core.chat import Call, Endpoint
-from core.errors import ForebayError
+from core.errors import ForebayError, UpstreamError
 from engines.driver import Capabilities, Chunk, Health, Load
 from engines.drivers.llamacpp_answers import AnswerAssembler
-from engines.drivers.llamacpp_requests import Plan, edit_request
+from engines.drivers.llamacpp_requests import Json, Plan, edit_request
+from engines.drivers.llamacpp_slots import SlotBook
 from engines.drivers.sse import StreamReader
 from engines.drivers.wire import Wire
 from engines.engine import Command
@@ -20,20 +21,52 @@ from engines.spec import WorkerSpec
 _SETTLE_TIMEOUT_S = 20.0  # an abort in the middle of a prefill is noticed after the batch it is in
 _SETTLE_POLL_S = 0.05
 _STREAM_OPTIONS = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
+# Where llama.cpp reads ``id_slot`` and ``cache_prompt``, and where the prompt is; elsewhere it drops both.
+_PLACED = {Endpoint.CHAT: "messages", Endpoint.COMPLETIONS: "prompt", Endpoint.RESPONSES: "input"}
 
 
 class LlamaCppDriver:
-    """Always streams from the engine, which notices a client that left only while it writes to it."""
+    """Always streams from the engine, which notices a client that left only while it writes to it.
+
+    Chooses the engine's slots, so that no tenant is served from another's cache; see ``SlotBook``. For that the engine
+    has to be ours alone, and to keep nothing of what cannot be placed: ours is started so, an attached one needs
+    ``--no-cache-prompt --cache-ram 0``. Caches are used once ``capabilities`` has told how many slots there are.
+    """
 
     def __init__(self, base_url: str, api_key: str | None, *, served_name: str) -> None:
         # llama.cpp closes some connections right after an answer that promised to keep them (measured: one in ten).
         self._wire = Wire(base_url, api_key, reuses_connections=False)
         self._served_name = served_name
         self._context_tokens: int | None = None
+        self._book = SlotBook()
 
     async def run(self, call: Call) -> AsyncIterator[Chunk]:
         """Run the call and yield its answer; see ``Driver.run``."""
         edited, plan = edit_request(call.endpoint, {**call.body, "model": self._served_name}, stream=call.stream)
+        if call.endpoint not in _PLACED:
+            async with self._book.scattered():
+                async for chunk in self._answer(call, edited, plan):
+                    yield chunk
+            return
+        book = self._book
+        seat = await book.seat(call.context.tenant, msgspec.json.encode(edited.get(_PLACED[call.endpoint])))
+        edited["cache_prompt"] = seat.is_cached
+        if seat.slot is not None:
+            edited["id_slot"] = seat.slot
+        has_ended = False
+        try:
+            async for chunk in self._answer(call, edited, plan):
+                if chunk.is_progress:
+                    book.entered(seat)
+                yield chunk
+            has_ended = True
+        except UpstreamError:
+            has_ended = True
+            raise
+        finally:
+            book.leave(seat, has_ended=has_ended)
+
+    async def _answer(self, call: Call, edited: Json, plan: Plan) -> AsyncIterator[Chunk]:
         body = msgspec.json.encode(edited)
         if not plan.streams:
             yield await self._wire.whole(call.endpoint, call, body)
@@ -109,20 +142,25 @@ class LlamaCppDriver:
             slots = await self._wire.ask("/slots")
         except ForebayError:
             return None
-        running = sum(1 for slot in slots if slot.get("is_processing"))
-        return Load(running=running)
+        busy = [slot.get("id", -1) for slot in slots if slot.get("is_processing")]
+        self._book.observe(busy)
+        return Load(running=len(busy))
 
     async def capabilities(self) -> Capabilities:
-        """Read the context of a slot, and try embeddings and a prompt of token ids."""
+        """Read the context of a slot and how many there are, and try embeddings and a prompt of token ids."""
         context = await self._context()
         props = await self._props()
         endpoints = [Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES]
         if await self._works("/v1/embeddings", {"input": "a"}):
             endpoints.append(Endpoint.EMBEDDINGS)
+        token_prompts = await self._works("/v1/completions", {"prompt": [1, 2], "max_tokens": 1})
+        num_slots = props.get("total_slots")
+        if isinstance(num_slots, int) and num_slots != self._book.num_slots:
+            self._book = SlotBook(num_slots)
         return Capabilities(
             endpoints=tuple(endpoints),
             context_tokens=context,
-            token_prompts=await self._works("/v1/completions", {"prompt": [1, 2], "max_tokens": 1}),
+            token_prompts=token_prompts,
             continuation=True,
             metrics=await self._answers("/metrics"),
             models=(self._served_name,),

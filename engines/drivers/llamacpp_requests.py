@@ -14,7 +14,8 @@ Json = dict[str, Any]
 # Slots, KV and adapters belong to whoever runs the worker (S12); ``n_predict`` and ``n_cmpl`` are second names of
 # ``max_tokens`` and ``n`` that would win over the checked ones; ``verbose`` puts prompt and slot into the answer.
 _NEVER_SENT = frozenset({
-    "id_slot", "slot_id", "n_cache_reuse", "n_keep", "n_discard", "filename", "action", "lora", "cache_salt",
+    "id_slot", "slot_id", "cache_prompt", "n_cache_reuse", "n_keep", "n_discard", "filename", "action", "lora",
+    "cache_salt", "kv_transfer_params",
     "priority", "n_predict", "n_cmpl", "verbose", "response_fields", "sse_ping_interval", "return_progress",
     "backend_sampling", "speculative", "best_of",
 })  # fmt: skip

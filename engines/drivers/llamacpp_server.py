@@ -37,7 +37,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--embeddings", action="store_true", help="serve /v1/embeddings too (mean pooling)")
     parser.add_argument("--slot-save-path", type=Path, help="directory for saved slots")
     parser.add_argument("--batch", type=int, default=256, help="tokens per prefill step")
-    parser.add_argument("--cache-ram", type=int, default=512, help="MiB for prompts that have lost their slot")
     parser.add_argument("--chat-template", type=Path, help="Jinja file used in place of the model's own template")
     parser.add_argument("--gpu-layers", type=int, default=-1, help="layers on the GPU, where there is one")
     return parser.parse_args(argv)
@@ -80,8 +79,15 @@ def common_params(args: argparse.Namespace, key: str | None) -> Any:
     # A client that goes away is noticed between two steps: short steps make that a matter of a second, not of twenty.
     params.n_batch = params.n_ubatch = args.batch
     params.n_gpu_layers = args.gpu_layers
-    params.cache_ram_mib = args.cache_ram
+    # No tenant may learn from a cache what another has asked. The engine's cache of prompts that have lost their slot
+    # serves all slots alike, so there is none; a slot's own is used by requests alone that ask for it, which the
+    # driver lets them (see ``llamacpp_slots``), and similarity finds nobody a slot.
+    params.cache_ram_mib = 0
+    params.cache_idle_slots = False
+    params.cache_prompt = False
+    params.slot_prompt_similarity = 0.0
     params.endpoint_metrics = params.endpoint_slots = params.endpoint_props = True
+    params.verbosity = 1  # errors: its warnings and its account of requests quote what these hold (S13)
     params.ui = False
     params.cors_origins = ""
     if key:

@@ -17,9 +17,19 @@ _STREAM_OPTIONS = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 _NO_ROUTE = frozenset({"Not Found", "Method Not Allowed"})  # Starlette's words; a model that is unknown has others
 
 
+# They steer the engine itself, whose slots, cache and adapters belong to whoever runs it (S12): slots and cache of
+# llama.cpp, salt and KV transfer of vLLM (which ``vllm_xargs`` can carry too), peers, adapter paths and pickled code
+# of SGLang. Taken out in silence, as everything else that an engine does not know.
+_NEVER_SENT = frozenset({
+    "id_slot", "slot_id", "cache_prompt", "n_cache_reuse", "cache_salt", "kv_transfer_params", "ec_transfer_params",
+    "lora", "lora_path", "lora_request", "extra_key", "vllm_xargs", "custom_logit_processor",
+    "bootstrap_host", "bootstrap_port", "bootstrap_room", "data_parallel_rank", "request_id",
+})  # fmt: skip
+
+
 def engine_body(call: Call, served_name: str | None) -> dict[str, Any]:
-    """Return the body for the engine: its own name of the model, and the usage asked for in streams."""
-    body = dict(call.body)
+    """Return the body for the engine: its own name of the model, nothing internal, the usage asked for in streams."""
+    body = {key: value for key, value in call.body.items() if key not in _NEVER_SENT}
     body["model"] = served_name or call.model
     if call.stream and not call.wants_usage and call.endpoint in _STREAM_OPTIONS:
         options = body.get("stream_options")
@@ -36,7 +46,7 @@ class OpenAIDriver:
 
     async def run(self, call: Call) -> AsyncIterator[Chunk]:
         """Run the call and yield its answer; see ``Driver.run``."""
-        body = msgspec.json.encode(engine_body(call, self._served_name))
+        body = msgspec.json.encode(self._body(call))
         try:
             if not call.stream:
                 yield await self._wire.whole(call.endpoint, call, body)
@@ -49,6 +59,9 @@ class OpenAIDriver:
             if meant is error:
                 raise
             raise meant from error
+
+    def _body(self, call: Call) -> dict[str, Any]:
+        return engine_body(call, self._served_name)
 
     def _meaning_of(self, error: UpstreamError, call: Call) -> ForebayError:
         """Return what an error is to a caller: often the engine's own, as it came."""

@@ -1,6 +1,7 @@
 """vLLM: `vllm serve` on a GPU or a CPU, started by us or found running."""
 
 import asyncio
+import hmac
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -8,14 +9,17 @@ from typing import Any
 
 from core.chat import Call, Endpoint
 from core.errors import ForebayError, UpstreamError, WorkerLost, WorkerUnreachable
+from core.ids import TenantId, WorkerId
 from engines.driver import Capabilities, Chunk, Health, Load
 from engines.drivers.metrics import gauge
 from engines.drivers.openai import OpenAIDriver
 from engines.engine import Command
-from engines.spec import WorkerSpec
+from engines.spec import Launch, WorkerSpec
+from engines.weights import problem_with
 
 _SETTLE_TIMEOUT_S = 5.0  # vLLM drops an aborted request within some 80 ms; a step of a big batch may take longer
 _SETTLE_POLL_S = 0.05
+_UNSAFE_FORMATS = frozenset({"auto", "hf", "pt", "npcache", "mistral"})
 _DEAD = "EngineCore encountered an issue"  # vLLM's EngineDeadError
 
 
@@ -24,6 +28,7 @@ class VllmDriver(OpenAIDriver):
 
     def __init__(self, base_url: str, api_key: str | None, *, served_name: str | None = None) -> None:
         super().__init__(base_url, api_key, served_name=served_name)
+        self._salt_key = (api_key or "").encode()
         self._is_dead = False
 
     def run(self, call: Call) -> AsyncIterator[Chunk]:
@@ -35,6 +40,9 @@ class VllmDriver(OpenAIDriver):
         if self._is_dead:
             raise WorkerUnreachable("the engine process of this worker has died")
         return super().run(call)
+
+    def _body(self, call: Call) -> dict[str, Any]:
+        return super()._body(call) | {"cache_salt": salt_of(call.context.tenant, self._salt_key)}
 
     def _meaning_of(self, error: UpstreamError, call: Call) -> ForebayError:
         if _DEAD in error.message:
@@ -122,13 +130,23 @@ class VllmDriver(OpenAIDriver):
             return None
 
 
+def salt_of(tenant: TenantId, key: bytes) -> str:
+    """Return what keeps a tenant's prefix cache apart from all others' (S5), and serves the tenant again and again.
+
+    ``key`` is the engine's own: gateways that share an engine share its key and so a tenant's cache, and who does not
+    know the key cannot compute another's salt.
+    """
+    return hmac.digest(key, b"forebay-cache-salt:" + tenant.encode(), "sha256").hex()
+
+
 class VllmEngine:
     """How ``vllm serve`` is started. The key travels by environment, so that no process list shows it."""
 
     def command(self, spec: WorkerSpec, port: int, key: str) -> Command:
-        """Return argv and environment for one worker of ours."""
+        """Return argv and environment; raise ``ValueError`` for a model that could run code of its own (S11)."""
         launch = spec.launch
         assert launch is not None
+        _check(spec.id, launch)
         argv = [
             launch.program or _program(), "serve", launch.source,
             "--host", "127.0.0.1", "--port", str(port),
@@ -140,12 +158,43 @@ class VllmEngine:
             argv += ["--max-model-len", str(launch.context)]
         if launch.tp > 1:
             argv += ["--tensor-parallel-size", str(launch.tp)]
+        if launch.revision is not None:
+            argv += ["--revision", launch.revision, "--tokenizer-revision", launch.revision]
+        if not launch.source.endswith(".gguf") and not _given(launch.args, "load-format"):
+            argv += ["--load-format", "safetensors"]  # by itself vLLM falls back to pickled weights
+        if launch.trust_remote_code:
+            argv.append("--trust-remote-code")
         env = {"VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         return Command(argv=(*argv, *launch.args), env=env)
 
     def driver(self, spec: WorkerSpec, base_url: str, key: str | None) -> VllmDriver:
         """Return the driver of a worker at this URL."""
         return VllmDriver(base_url, key, served_name=spec.served_name or spec.model)
+
+
+def _check(worker: WorkerId, launch: Launch) -> None:
+    if problem := problem_with(launch.source):
+        raise ValueError(f"worker {worker!r}: {problem}")
+    if not launch.trust_remote_code and _given(launch.args, "trust-remote-code"):
+        raise ValueError(
+            f"worker {worker!r}: --trust-remote-code runs the Python that comes with the model; "
+            "if that is meant, set launch.trust_remote_code: true in place of the argument"
+        )
+    if unsafe := _UNSAFE_FORMATS & set(_given(launch.args, "load-format")):
+        raise ValueError(f"worker {worker!r}: --load-format {min(unsafe)} may load pickled weights; use safetensors")
+    if launch.sha256 is not None and not Path(launch.source).is_file():
+        raise ValueError(f"worker {worker!r}: launch.sha256 is the digest of one file; for a hub id, set revision")
+
+
+def _given(args: tuple[str, ...], name: str) -> list[str]:
+    """Return what follows each mention of an option, however it is written: vLLM takes ``_`` for ``-``, and stems."""
+    values: list[str] = []
+    for index, arg in enumerate(args):
+        option, has_value, value = arg.partition("=")
+        stem = option.removeprefix("--").replace("_", "-").lower()
+        if option.startswith("--") and len(stem) > 3 and name.startswith(stem):
+            values.append(value if has_value else next(iter(args[index + 1 : index + 2]), ""))
+    return values
 
 
 def _program() -> str:

@@ -16,6 +16,7 @@ from core.errors import ForebayError, InternalError, InvalidRequest, MethodNotAl
 from core.ids import new_request_id
 from gateway.api.requests import request_id_of
 from gateway.errors import body_of, headers_of, status_of
+from gateway.logs import REQUEST
 
 _log = structlog.get_logger(__name__)
 
@@ -23,12 +24,13 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class WithRequestId:
     """ASGI application around another: echoes ``x-request-id`` on every answer, making one up if none was sent."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: AsgiApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,7 +39,8 @@ class WithRequestId:
             await self._app(scope, receive, send)
             return
         request_id = request_id_of(dict(scope["headers"])) or new_request_id()
-        scope["state"]["request_id"] = request_id
+        scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST.set((request_id, None))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -85,8 +88,9 @@ async def _known(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:])
-    return _answer(request, InvalidRequest(f"`{place}`: {first['msg']}", param=place or None))
+    place = ".".join(str(part) for part in first["loc"][1:]).encode(errors="replace").decode()[:256]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return _answer(request, InvalidRequest(f"`{place}`: {message}" if place else message, param=place or None))
 
 
 async def _http(request: Request, error: Exception) -> Response:
@@ -95,7 +99,9 @@ async def _http(request: Request, error: Exception) -> Response:
     if error.status_code == HTTPStatus.NOT_FOUND:
         return _answer(request, UnknownUrl(f"there is no {path} here; see /docs for what there is"))
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        return _answer(request, MethodNotAllowed(f"{path} does not take {request.method}"))
+        answer = _answer(request, MethodNotAllowed(f"{path} does not take {request.method}"))
+        answer.headers.update(error.headers or {})  # `Allow`
+        return answer
     return _answer(request, InvalidRequest(str(error.detail)))
 
 

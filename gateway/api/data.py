@@ -27,16 +27,21 @@ from core.errors import (
     RequestTooLarge,
 )
 from core.ids import RequestId, TenantId, new_request_id
+from core.records import CLIENT_LEFT, RequestRecord
 from engines.run import Run
+from gateway.admission import Admission, Admitted
 from gateway.api.requests import read_call, request_id_of
-from gateway.auth import Keys, Principal
+from gateway.auth import Principal
+from gateway.books import Books
 from gateway.chat import ChatService
 from gateway.connection import EXTENSION, Connection
+from gateway.directory import Directory
+from gateway.egress import Egress
 from gateway.errors import body_of, frame_of, headers_of, status_of
+from gateway.live import Live
+from gateway.logs import REQUEST
 from gateway.metrics import Metrics
-from gateway.settings import ServerSettings
-from gateway.telemetry import RequestLog, RequestRecord
-from routing.catalog import Catalog
+from gateway.tracing import Trace, Tracing
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -65,13 +70,13 @@ _HEAD = (
 )
 _WHOLE_HEAD = b"content-type: application/json\r\n"
 _STREAM_HEAD = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
-_CLIENT_LEFT = 499
 
 
 class _Exchange:
     """One request and its answer on one connection."""
 
     __slots__ = (
+        "admitted",
         "call",
         "connection",
         "error",
@@ -80,6 +85,7 @@ class _Exchange:
         "has_left",
         "headers",
         "id",
+        "is_counted",
         "principal",
         "run",
         "send",
@@ -87,6 +93,7 @@ class _Exchange:
         "started_at",
         "status",
         "task",
+        "trace",
     )
 
     def __init__(self, scope: Scope, send: Send, now: float) -> None:
@@ -98,13 +105,16 @@ class _Exchange:
         self.first_byte_at: float | None = None
         self.principal: Principal | None = None
         self.call: Call | None = None
+        self.admitted: Admitted | None = None
         self.run: Run | None = None
         self.served: Served | None = None
         self.status = 0
         self.error: ForebayError | None = None
         self.has_body = False
         self.has_left = False
+        self.is_counted = False
         self.task: asyncio.Task[None] | None = None
+        self.trace: Trace | None = None
 
     def leave(self) -> None:
         """The client has closed its connection: give the call up, and do not wait for it."""
@@ -121,24 +131,29 @@ class DataPlane:
     def __init__(
         self,
         *,
-        settings: ServerSettings,
-        keys: Keys,
-        catalog: Catalog,
+        live: Live,
+        directory: Directory,
+        admission: Admission,
         chat: ChatService,
+        egress: Egress,
         clock: Clock,
         metrics: Metrics,
-        request_log: RequestLog | None,
+        tracing: Tracing | None,
+        books: Books,
         others: AsgiApp,
     ) -> None:
-        self._settings = settings
-        self._keys = keys
-        self._catalog = catalog
+        self._live = live
+        self._directory = directory
+        self._admission = admission
         self._chat = chat
+        self._egress = egress
         self._clock = clock
         self._metrics = metrics
-        self._request_log = request_log
+        self._tracing = tracing
+        self._books = books
         self._others = others
         self._num_open: Counter[TenantId] = Counter()
+        self._num_prompt_tokens: Counter[TenantId] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -147,6 +162,11 @@ class DataPlane:
             await self._others(scope, receive, send)
             return
         exchange = _Exchange(scope, send, self._clock.monotonic())
+        if self._tracing is not None:
+            exchange.trace = trace = self._tracing.start(exchange.headers.get(b"traceparent"))
+            if trace is not None:
+                exchange.headers[b"traceparent"] = trace.to_engine  # what the engine does is part of our span
+        REQUEST.set((exchange.id, exchange.trace))
         try:
             await self._serve(endpoint, scope, receive, exchange)
         except ForebayError as error:
@@ -164,7 +184,9 @@ class DataPlane:
     async def _serve(self, endpoint: Endpoint, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
-        exchange.principal = principal = self._keys.identify(exchange.headers)
+        principal = self._directory.keyring.identify(exchange.headers, self._clock.wall())
+        exchange.principal = principal
+        principal.check_endpoint(endpoint)
         raw = await self._read_body(receive, exchange)
         exchange.has_body = True
         exchange.call = call = read_call(
@@ -173,14 +195,15 @@ class DataPlane:
             exchange.headers,
             request_id=exchange.id,
             principal=principal,
-            catalog=self._catalog,
+            catalog=self._live.catalog,
         )
-        if self._num_open[principal.tenant] >= self._settings.max_tenant_streams:
-            raise ConnectionLimit(
-                f"{self._settings.max_tenant_streams} answers are open for this tenant already", retry_after=1.0
-            )
-        exchange.run = run = self._chat.submit(call, inline=True)
+        self._check_room(principal, call)
         self._num_open[principal.tenant] += 1
+        self._num_prompt_tokens[principal.tenant] += call.prompt_tokens_estimate
+        exchange.is_counted = True
+        exchange.admitted = await self._admission.admit(principal, call)
+        await self._egress.fill(call.body)
+        exchange.run = run = self._chat.submit(call, inline=True)
         run.reader = exchange.task = asyncio.current_task()
         if call.stream:
             run.sink = partial(self._deliver, exchange, run)
@@ -193,9 +216,24 @@ class DataPlane:
             await run.first_byte()
             await self._send_whole(run, exchange)
 
+    def _check_room(self, principal: Principal, call: Call) -> None:
+        """Raise ``ConnectionLimit`` if the tenant has as much in flight as one tenant may have."""
+        most_open = self._live.settings.server.max_tenant_streams
+        if self._num_open[principal.tenant] >= most_open:
+            raise ConnectionLimit(
+                f"{most_open} answers are open for this tenant already", retry_after=1.0
+            )
+        most = principal.tenant_spec.ceilings.prompt_tokens
+        if self._num_prompt_tokens[principal.tenant] + call.prompt_tokens_estimate > most:
+            raise ConnectionLimit(
+                f"prompts of {most:,} tokens are in flight for this tenant, with this one: send fewer at a time",
+                retry_after=1.0,
+            )
+
     async def _read_body(self, receive: Receive, exchange: _Exchange) -> bytes:
         """Return the whole body, which the connection waits for only so long. Raises ``RequestTooLarge``."""
-        limit = self._settings.max_body
+        assert exchange.principal is not None
+        limit = min(self._live.settings.server.max_body, exchange.principal.tenant_spec.ceilings.body)
         declared = exchange.headers.get(b"content-length")
         if declared is not None and declared.isdigit() and int(declared) > limit:
             raise RequestTooLarge(f"the body has {int(declared)} bytes; {limit} are accepted")
@@ -224,6 +262,8 @@ class DataPlane:
             served.queue_s * 1000,
             overhead_s * 1000,
         )
+        if exchange.admitted is not None:
+            rest += exchange.admitted.headers
         exchange.connection.begin(exchange.send, head + rest, num_bytes)
 
     async def _send_whole(self, run: Run, exchange: _Exchange) -> None:
@@ -308,29 +348,40 @@ class DataPlane:
         served = exchange.served
         call = exchange.call
         principal = exchange.principal
+        usage = run.usage if run is not None else None
+        cost = self._admission.price(served.model).cost(usage) if served is not None and usage is not None else 0
         if run is not None:
             run.close()
+        if exchange.is_counted:
             assert principal is not None
+            assert call is not None
             self._num_open[principal.tenant] -= 1
+            self._num_prompt_tokens[principal.tenant] -= call.prompt_tokens_estimate
+        if exchange.admitted is not None:
+            self._admission.settle(exchange.admitted, usage, cost)
         context = call.context if call is not None else None
+        started_at, first_byte_at = exchange.started_at, exchange.first_byte_at
+        first_byte_s = first_byte_at - started_at if first_byte_at is not None else None
         record = RequestRecord(
             time=self._clock.wall(),
             id=exchange.id,
             endpoint=endpoint.value,
-            status=_CLIENT_LEFT if exchange.has_left else exchange.status,
-            duration_s=now - exchange.started_at,
+            status=CLIENT_LEFT if exchange.has_left else exchange.status,
+            duration_s=now - started_at,
             tenant=principal.tenant if principal is not None else None,
-            key=principal.key_name if principal is not None else None,
+            key=principal.key.id if principal is not None else None,
             model=served.model if served is not None else call.model if call is not None else None,
+            asked_model=call.model if call is not None else None,
             worker=served.worker if served is not None else None,
             stream=call.stream if call is not None else False,
             attempts=run.attempts if run is not None else 0,
             queue_s=run.queue_s if run is not None else 0.0,
-            first_byte_s=exchange.first_byte_at - exchange.started_at if exchange.first_byte_at is not None else None,
-            overhead_s=exchange.first_byte_at - exchange.started_at - served.queue_s - served.engine_s
-            if served is not None and exchange.first_byte_at is not None
+            first_byte_s=first_byte_s,
+            overhead_s=first_byte_s - served.queue_s - served.engine_s
+            if served is not None and first_byte_s is not None
             else None,
-            usage=run.usage if run is not None else None,
+            usage=usage,
+            cost=cost,
             error=exchange.error.specific_code if exchange.error is not None else None,
             end_user=context.end_user if context is not None else None,
             session=context.session if context is not None else None,
@@ -338,10 +389,14 @@ class DataPlane:
             run=context.run if context is not None else None,
             stage=context.stage if context is not None else None,
             client_retry=_client_retry(exchange.headers),
+            traceparent=call.traceparent if call is not None else None,
+            legs=tuple(run.legs) if run is not None else (),
         )
-        self._metrics.observe(record)
-        if self._request_log is not None:
-            self._request_log.add(record)
+        self._metrics.observe(record, exchange.error)
+        if exchange.trace is not None and self._tracing is not None:
+            self._tracing.add(record, exchange.trace)
+        tells_apart = principal is not None and principal.tenant_spec.tells_end_users_apart
+        self._books.add(record, end_user=(record.end_user or "") if tells_apart else "")
 
 
 async def _read_rest(receive: Receive, message: Message, limit: int, exchange: _Exchange) -> bytes:

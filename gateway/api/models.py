@@ -19,7 +19,7 @@ def model_routes(services: Services) -> APIRouter:
     router = APIRouter(tags=["models"])
 
     def identify(request: Request) -> Principal:
-        return services.keys.identify(dict(request.scope["headers"]))
+        return services.directory.keyring.identify(dict(request.scope["headers"]), services.clock.wall())
 
     async def list_models(request: Request) -> dict[str, Any]:
         """List the models that the key may use."""
@@ -40,6 +40,7 @@ def model_routes(services: Services) -> APIRouter:
         body = parse_body(await read_body(request, services.settings.server.max_body))
         body.pop("forebay", None)
         model = find_model(body, services.catalog, principal)
+        await services.egress.fill(body)
         return {**body, "model": model.name}, _driver_of(model, services)
 
     async def tokenize(request: Request) -> dict[str, Any]:

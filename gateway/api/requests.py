@@ -8,9 +8,11 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from core.chat import Call, CallContext, Endpoint, Timeouts
+from core.chat import CLASSES, Call, CallContext, Class, Endpoint, Timeouts
 from core.errors import InvalidJson, InvalidRequest, UnknownModel, UnsupportedParameter
 from core.ids import ModelName, RequestId
+from core.tenancy import Ceilings
+from gateway.api.ceilings import check_ceilings, check_depth, num_prompts
 from gateway.auth import Principal
 from routing.catalog import Catalog, Model
 
@@ -19,12 +21,12 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _HEADER_PREFIX = b"x-forebay-"
 _BYTES_PER_TOKEN = 4  # English text under a BPE of usual size; settled by the engine's own count
 _DEFAULT_ANSWER_TOKENS = 256
-_MAX_CHOICES = 128
 
 # Keys of the "forebay" object. What is not built yet is refused by name, so that nobody believes it works.
 _LABELS = ("end_user", "session", "program", "run", "stage")
-_BUILT = (*_LABELS, "timeouts", "fallbacks")
-_PLANNED = ("cache", "objective", "deadline_ms", "class", "route", "examples", "kv")
+_BUILT = (*_LABELS, "timeouts", "fallbacks", "class")
+_PLANNED = ("cache", "objective", "deadline_ms", "route", "examples", "kv")
+_TIERS: dict[Any, Class] = {"priority": "interactive", "flex": "batch"}  # OpenAI's names for the same wish
 _TIMEOUTS = Timeouts.__struct_fields__
 
 _LIMIT_FIELDS: dict[Endpoint, tuple[str, ...]] = {
@@ -51,8 +53,9 @@ def request_id_of(headers: Mapping[bytes, bytes]) -> RequestId | None:
     return None
 
 
-def parse_body(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object in the body. Raises ``InvalidJson``."""
+def parse_body(raw: bytes, depth: int = Ceilings().depth) -> dict[str, Any]:
+    """Return the JSON object in the body, which nests at most ``depth`` deep. Raises ``InvalidJson``."""
+    check_depth(raw, depth)
     try:
         body = msgspec.json.decode(raw)
     except msgspec.DecodeError as error:
@@ -91,10 +94,12 @@ def read_call(
     catalog: Catalog,
 ) -> Call:
     """Return the call that a request means. Raises ``InvalidRequest`` and its kin, saying which field and why."""
-    body = parse_body(raw)
+    ceilings = principal.tenant_spec.ceilings
+    body = parse_body(raw, ceilings.depth)
     model = find_model(body, catalog, principal)
     _check_prompt(body, endpoint)
-    num_choices = _check_choices(body)
+    num_choices = _check_choices(body, ceilings.choices)
+    check_ceilings(body, endpoint, ceilings, len(raw))
     limit = _answer_limit(body, endpoint)
     stream = _check_stream(body) and endpoint is not Endpoint.EMBEDDINGS  # which no engine streams
     options = _own_options(body, headers)
@@ -112,16 +117,17 @@ def read_call(
             program=options.get("program"),
             run=options.get("run"),
             stage=options.get("stage"),
+            urgency=_urgency(options, body, principal),
         )
-        if options or "user" in body or "safety_identifier" in body
-        else CallContext(tenant=principal.tenant),
+        if options or "user" in body or "safety_identifier" in body or "service_tier" in body
+        else CallContext(tenant=principal.tenant, urgency=_urgency(options, body, principal)),
         body=body,
         stream=stream,
         wants_usage=_wants_usage(body),
         timeouts=_timeouts(options["timeouts"], model.timeouts) if "timeouts" in options else model.timeouts,
         has_own_timeouts="timeouts" in options,
         prompt_tokens_estimate=len(raw) // _BYTES_PER_TOKEN,
-        max_tokens=0 if endpoint is Endpoint.EMBEDDINGS else limit * num_choices,
+        max_tokens=0 if endpoint is Endpoint.EMBEDDINGS else limit * num_choices * num_prompts(body.get("prompt")),
         fallbacks=_fallbacks(options["fallbacks"], catalog, principal)
         if "fallbacks" in options
         else tuple(name for name in model.fallbacks if principal.may_use(name)),
@@ -162,14 +168,14 @@ def _check_prompt(body: Mapping[str, Any], endpoint: Endpoint) -> None:
         _wrong(field, "a string or an array", prompt)
 
 
-def _check_choices(body: Mapping[str, Any]) -> int:
+def _check_choices(body: Mapping[str, Any], most: int) -> int:
     num_choices = body.get("n")
     if num_choices is None:
         return 1
     if type(num_choices) is not int:
         _wrong("n", "a whole number", num_choices)
-    if not 1 <= num_choices <= _MAX_CHOICES:
-        raise InvalidRequest(f"`n` has to be between 1 and {_MAX_CHOICES}, not {num_choices}", param="n")
+    if not 1 <= num_choices <= most:
+        raise InvalidRequest(f"`n` has to be between 1 and {most} for this key, not {num_choices}", param="n")
     return int(num_choices)
 
 
@@ -253,6 +259,8 @@ def _check_option(key: str, value: Any) -> None:
         near = difflib.get_close_matches(key[:64], _BUILT, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(_BUILT)}"
         raise UnsupportedParameter(f"`{param}` is unknown; {hint}", param=param)
+    if key == "class" and value not in CLASSES:
+        raise InvalidRequest(f"`{param}` has to be one of {', '.join(CLASSES)}", param=param)
     if key in _LABELS and not (isinstance(value, str) and 0 < len(value) <= 128):
         raise InvalidRequest(f"`{param}` has to be a string of 1 to 128 characters", param=param)
 
@@ -270,6 +278,13 @@ def _timeouts(given: Any, model: Timeouts) -> Timeouts:
             raise InvalidRequest(f"`{param}` has to be a positive number of seconds", param=param)
         chosen[name] = float(min(value, model.total))
     return msgspec.structs.replace(model, **chosen)
+
+
+def _urgency(options: Mapping[str, Any], body: Mapping[str, Any], principal: Principal) -> Class:
+    """Return the class that the request asks for, or the one its key caps it at."""
+    tier = body.get("service_tier")
+    wanted: Class = options.get("class") or (_TIERS.get(tier, "standard") if isinstance(tier, str) else "standard")
+    return max(wanted, principal.max_class, key=CLASSES.index)
 
 
 def _fallbacks(given: Any, catalog: Catalog, principal: Principal) -> tuple[ModelName, ...]:

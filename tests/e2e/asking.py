@@ -7,6 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
+import msgspec
+
+from core.records import RequestRecord
+from storage.sql.database import FILE_NAME, Database, sqlite_url
+from storage.sql.requests import Requests
 from tests.fakes.gateway import GatewayProcess
 
 PATIENCE_S = 15.0  # two busy cores; nothing is expected to take so long
@@ -86,7 +91,7 @@ class Client:
     def ask(self, path: str, body: Any, *, headers: dict[str, str] | None = None, method: str = "POST") -> None:
         """Send a request; `body` is bytes as they are, anything else as JSON."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        lines = {"host": "test", "authorization": f"Bearer {self._key}", "content-type": "application/json"}
+        lines = {"host": "localhost", "authorization": f"Bearer {self._key}", "content-type": "application/json"}
         lines |= {"content-length": str(len(raw)), **(headers or {})}
         head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         self.write(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + raw)
@@ -171,18 +176,17 @@ async def until(is_so: Callable[[], Awaitable[Any]], what: str, patience_s: floa
 
 
 async def logged(gateway: GatewayProcess, request_id: str) -> dict[str, Any]:
-    """Wait for the line of a request in the request log."""
-    path = gateway.directory / "state" / "requests.jsonl"
-    found: list[dict[str, Any]] = []
+    """Wait for the record of a request in the gateway's database."""
+    found: list[RequestRecord] = []
+    async with Database(sqlite_url(gateway.directory / "state" / FILE_NAME)) as database:
 
-    async def is_written() -> bool:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        found[:] = [line for line in map(json.loads, lines) if line["id"] == request_id]
-        return bool(found)
+        async def is_written() -> bool:
+            record = await Requests(database).request(request_id)
+            found[:] = [record] if record is not None else []
+            return bool(found)
 
-    await until(is_written, f"{request_id} is in the request log")
-    assert len(found) == 1, f"booked {len(found)} times: {found}"
-    return found[0]
+        await until(is_written, f"{request_id} is in the request log")
+    return dict(msgspec.to_builtins(found[0]))
 
 
 async def metric(gateway: GatewayProcess, name: str) -> float:

@@ -314,7 +314,7 @@ def test_a_prompt_that_is_too_long_is_a_400_unless_it_is_one_of_several(server: 
     long = "hello " * 2100
     status, body = server.ask("/v1/completions", TEXT | {"prompt": long, "stream": True})
     assert (status, json.loads(body)["error"]["type"]) == (400, "exceed_context_size_error")
-    status, body = server.ask("/v1/completions", TEXT | {"prompt": ["a", long], "stream": True})
+    status, body = server.ask("/v1/completions", TEXT | {"prompt": ["a", long], "id_slot": 0, "stream": True})
     assert status == 200
     assert events_of(body)[-1]["error"]["type"] == "exceed_context_size_error"
     assert b"[DONE]" not in body

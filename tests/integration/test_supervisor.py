@@ -85,6 +85,10 @@ class House:
                 await self._changed.wait()
         return self.status
 
+    async def next_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
     async def ready(self, restarts: int = 0) -> WorkerStatus:
         return await self.until(lambda status: status.state is State.READY and status.restarts >= restarts)
 
@@ -560,3 +564,83 @@ def test_a_worker_lives_under_uvloop_too(mark: str, tmp_path: Path) -> None:
 def test_a_worker_that_cannot_be_kept_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         House("", tmp_path).supervise(msgspec.structs.replace(spec(), **changes))
+
+
+def named(worker: str, *flags: str, lifecycle: Lifecycle = QUICK) -> WorkerSpec:
+    return msgspec.structs.replace(spec(*flags, lifecycle=lifecycle), id=WorkerId(worker))
+
+
+async def test_a_worker_that_is_added_starts_and_those_that_are_unchanged_keep_running(open_house: OpenHouse) -> None:
+    async with open_house(named("a")) as house:
+        before = await house.ready()
+        house.supervisor.apply([named("a"), named("b")])
+
+        assert (await house.supervisor.settled(WorkerId("b"))).state is State.READY
+        assert house.supervisor.status(WorkerId("a")).pid == before.pid
+
+
+async def test_a_worker_that_is_removed_finishes_its_requests_and_is_forgotten(open_house: OpenHouse) -> None:
+    async with open_house(named("a"), named("b")) as house:
+        await house.supervisor.settled(WorkerId("b"))
+        house.running = 1
+        house.supervisor.apply([named("a")])
+        await asyncio.sleep(0.2)
+        assert house.supervisor.status(WorkerId("b")).is_draining
+        assert not house.supervisor.status(WorkerId("b")).is_wanted
+
+        house.running = 0
+        async with asyncio.timeout(15):
+            while house.changes[-1].state is not State.STOPPED:
+                await house.next_change()
+        await asyncio.sleep(0.05)
+        assert house.supervisor.driver_of(WorkerId("b")) is None
+        with pytest.raises(KeyError):
+            house.supervisor.status(WorkerId("b"))
+
+
+async def test_a_worker_that_has_changed_is_drained_and_started_anew(open_house: OpenHouse) -> None:
+    async with open_house(named("a")) as house:
+        before = await house.ready()
+        house.supervisor.apply([named("a", "--max-model-len", "2048")])
+        assert house.status.is_wanted
+
+        after = await house.ready(restarts=1)
+        assert after.pid != before.pid
+        assert "2048" in psutil.Process(after.pid).cmdline()
+
+
+async def test_new_bounds_alone_restart_nothing(open_house: OpenHouse) -> None:
+    async with open_house(named("a")) as house:
+        before = await house.ready()
+        house.supervisor.apply([msgspec.structs.replace(named("a"), max_inflight=9)])
+        assert (house.status.pid, house.status.max_inflight) == (before.pid, 9)
+
+
+async def test_a_worker_that_returns_while_it_leaves_stays(open_house: OpenHouse) -> None:
+    async with open_house(named("a")) as house:
+        before = await house.ready()
+        house.running = 1
+        house.supervisor.apply([])
+        await house.until(lambda status: status.state is State.DRAINING)
+        house.supervisor.apply([named("a")])
+
+        assert (await house.ready()).pid == before.pid
+
+
+async def test_a_stopped_worker_that_changes_stays_stopped(open_house: OpenHouse) -> None:
+    async with open_house(named("a")) as house:
+        await house.ready()
+        await house.supervisor.stop(WorkerId("a"))
+        house.supervisor.apply([named("a", "--max-model-len", "2048")])
+        assert house.status.state is State.STOPPED
+
+        house.supervisor.start(WorkerId("a"))
+        assert "2048" in psutil.Process((await house.ready()).pid).cmdline()
+
+
+async def test_a_set_that_cannot_be_kept_changes_nothing(open_house: OpenHouse) -> None:
+    async with open_house(named("a")) as house:
+        before = await house.ready()
+        with pytest.raises(ValueError, match="ids must differ"):
+            house.supervisor.apply([named("b"), named("b")])
+        assert [(status.id, status.pid) for status in house.supervisor.statuses()] == [("a", before.pid)]

@@ -20,6 +20,7 @@ SLOTS = 8
 CONTEXT = 2048
 _HERE = Path(__file__).resolve().parent
 _LOG_TAIL = 8_000
+STRANGERS_KEY = "fbk_the-key-of-another-tenant"
 
 
 class Vllm:
@@ -76,6 +77,10 @@ class Vllm:
         """Return a client of the gateway."""
         return _client(self.url, self.key)
 
+    def stranger(self) -> httpx.AsyncClient:
+        """Return a client of the gateway that is another tenant's."""
+        return _client(self.url, STRANGERS_KEY)
+
     @property
     def log(self) -> str:
         """The end of what vLLM printed."""
@@ -122,6 +127,7 @@ def launched() -> Iterator[Vllm]:
     lifecycle = {"start_timeout": START_TIMEOUT_S, "drain_timeout": 300, "probe_interval": 0.5}
     gateway = GatewayProcess(
         {"smol": {"workers": [{"engine": "vllm", "launch": launch, "lifecycle": lifecycle}]}},
+        keys=[{"name": "stranger", "tenant": "stranger", "key": STRANGERS_KEY}],
         timeouts={"queue": START_TIMEOUT_S, "first_token": 600, "idle": 300, "total": 2 * START_TIMEOUT_S},
         start_timeout_s=START_TIMEOUT_S,
         stop_timeout_s=60.0,

@@ -195,6 +195,24 @@ class TestAnswers:
         assert answer.usage.prompt_tokens > 20
         assert answer.usage.completion_tokens == 8
 
+    async def test_a_prompt_is_cached_for_its_own_tenant_alone(self, vllm: Vllm, client: httpx.AsyncClient) -> None:
+        body = {
+            "model": "smol",
+            "prompt": "A secret of one tenant. " * 30,
+            "max_tokens": 1,
+            "cache_salt": "everybody's",
+        }
+
+        async def num_cached(asker: httpx.AsyncClient) -> int:
+            answer = (await asker.post("/v1/completions", json=body)).raise_for_status()
+            details = answer.json()["usage"]["prompt_tokens_details"] or {}
+            return int(details.get("cached_tokens") or 0)
+
+        async with vllm.stranger() as stranger:
+            cached = [await num_cached(asker) for asker in (client, client, stranger, stranger)]
+        assert [num > 100 for num in cached] == [False, True, False, True]
+        assert cached[2] == 0
+
     @pytest.mark.parametrize("kind", STREAMS)
     async def test_a_stream_has_the_bytes_that_vllm_sends(
         self, kind: str, client: httpx.AsyncClient, direct: httpx.AsyncClient

@@ -1,16 +1,20 @@
-"""A thin typed client for a Forebay gateway: ``forebay.AsyncClient`` and ``forebay.Client``."""
+"""A thin typed client for a Forebay gateway: ``forebay.AsyncClient`` and ``forebay.Client``, and for its
+operators ``forebay.Admin`` and ``forebay.AsyncAdmin``, whose types stand in ``forebay.admin``."""
 
+from forebay import admin
 from forebay._client import AsyncChatStream, AsyncClient, ChatStream, Client
 from forebay._errors import (
     APIStatusError,
     AuthenticationError,
     BadRequest,
     ClientTimeout,
+    Conflict,
     ConnectionFailed,
     ForebayError,
     MalformedAnswer,
     NotFound,
     PermissionDenied,
+    PreconditionFailed,
     RateLimited,
     ServerError,
     StreamBroken,
@@ -31,9 +35,12 @@ from forebay._types import (
     ResponseMetadata,
     Usage,
 )
+from forebay.admin import Admin, AsyncAdmin
 
 __all__ = [
     "APIStatusError",
+    "Admin",
+    "AsyncAdmin",
     "AsyncChatStream",
     "AsyncClient",
     "AuthenticationError",
@@ -45,6 +52,7 @@ __all__ = [
     "ChunkChoice",
     "Client",
     "ClientTimeout",
+    "Conflict",
     "ConnectionFailed",
     "Delta",
     "ForebayError",
@@ -56,6 +64,7 @@ __all__ = [
     "ModelList",
     "NotFound",
     "PermissionDenied",
+    "PreconditionFailed",
     "RateLimited",
     "ResponseMetadata",
     "ServerError",
@@ -63,4 +72,5 @@ __all__ = [
     "TimedOut",
     "Unavailable",
     "Usage",
+    "admin",
 ]

@@ -12,6 +12,8 @@ class ForebayError(Exception):
         │   ├── AuthenticationError 401: no key, or one that nobody issued
         │   ├── PermissionDenied    403: the key is known and may not do this
         │   ├── NotFound            404: no such model, or none that the key may see; no such route
+        │   ├── Conflict            409: it does not fit what is there
+        │   │   └── PreconditionFailed  412, 428: it has been changed since it was read, or was not read
         │   ├── RateLimited         429
         │   ├── TimedOut            408, 504: one of the gateway's named deadlines has passed; `code` says which
         │   └── ServerError         any other 5xx
@@ -68,6 +70,14 @@ class PermissionDenied(APIStatusError):
 
 class NotFound(APIStatusError):
     """No such model or route, or none that this key may see."""
+
+
+class Conflict(APIStatusError):
+    """The change does not fit what is there, such as a second one of the same name."""
+
+
+class PreconditionFailed(Conflict):
+    """What was to be changed has been changed since it was read, or was not read: read it, and try again."""
 
 
 class RateLimited(APIStatusError):

@@ -20,11 +20,13 @@ from forebay._errors import (
     AuthenticationError,
     BadRequest,
     ClientTimeout,
+    Conflict,
     ConnectionFailed,
     ForebayError,
     MalformedAnswer,
     NotFound,
     PermissionDenied,
+    PreconditionFailed,
     RateLimited,
     ServerError,
     StreamBroken,
@@ -48,8 +50,11 @@ _BY_STATUS: Mapping[int, type[APIStatusError]] = {
     403: PermissionDenied,
     404: NotFound,
     408: TimedOut,
+    409: Conflict,
+    412: PreconditionFailed,
     413: BadRequest,
     422: BadRequest,
+    428: PreconditionFailed,
     429: RateLimited,
     503: Unavailable,
     504: TimedOut,
@@ -74,15 +79,15 @@ class Endpoint:
     use_proxies: bool
 
 
-def endpoint(base_url: str, api_key: str | None) -> Endpoint:
-    """Return the endpoint of an address with or without ``/v1``. The key falls back to ``FOREBAY_API_KEY``.
+def endpoint(base_url: str, api_key: str | None, *, variable: str = "FOREBAY_API_KEY") -> Endpoint:
+    """Return the endpoint of an address with or without ``/v1``. The key falls back to the environment's ``variable``.
 
     Proxies from the environment are not used for a loopback address.
     """
     url = httpx.URL(base_url.rstrip("/").removesuffix("/v1") + "/")
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"base_url has to be an http(s) address, not {base_url!r}")
-    key = api_key or os.environ.get("FOREBAY_API_KEY")
+    key = api_key or os.environ.get(variable)
     headers = {"user-agent": f"forebay-python/{version('forebay')}", "accept": "application/json"}
     if key:
         headers["authorization"] = f"Bearer {key}"

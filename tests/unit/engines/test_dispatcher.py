@@ -543,6 +543,46 @@ async def test_leaving_tells_everybody_who_waits() -> None:
         assert isinstance(await reader, Draining)
 
 
+async def test_every_leg_is_recorded_with_its_worker_its_time_and_its_end() -> None:
+    gate = Gate()
+    async with house((gate, WorkerLost("gone")), (text(ONE), text(DONE, 0))) as home:
+        run = home.start(call())
+        await home.pass_time(2.0)
+        gate.open()
+        await run.first_byte()
+        await body_of(run)
+
+        assert [(leg.worker, leg.model, leg.at_s, leg.duration_s, leg.cause) for leg in run.legs] == [
+            ("m-0", "m", 0.0, 2.0, "lost"),
+            ("m-1", "m", 2.0, 0.0, "done"),
+        ]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+async def test_the_leg_of_an_answer_that_was_closed_is_recorded_at_once_and_only_once(inline: bool) -> None:
+    async with house((Gate(),)) as home:
+        run = home.start(call(stream=not inline), inline=inline)
+        reader = asyncio.create_task(run.first_byte())
+        await home.pass_time(1.5)
+        run.close()
+        assert [(leg.duration_s, leg.cause) for leg in run.legs] == [(1.5, "aborted")]
+
+        reader.cancel()
+        await calm()
+        assert len(run.legs) == 1
+
+
+async def test_a_leg_that_took_too_long_is_recorded_before_its_engine_lets_go() -> None:
+    driver = ScriptedDriver((Gate(),))
+    driver.settle_gate = Gate()
+    async with house(driver, limits=Limits(attempts=1)) as home:
+        run = home.start(call(timeouts=TIMES))
+        await home.pass_time(11.0)
+        assert [(leg.duration_s, leg.cause) for leg in run.legs] == [(11.0, "timed_out")]
+        driver.settle_gate.open()
+        await error_of(run)
+
+
 STEPS = st.sampled_from(
     [
         text(ONE),

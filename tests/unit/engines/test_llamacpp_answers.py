@@ -79,9 +79,9 @@ def test_slot_and_kv_controls_never_reach_the_engine() -> None:
     forbidden = {
         "id_slot": 1, "slot_id": 1, "filename": "x", "action": "save", "lora": [], "n_cache_reuse": 9,
         "cache_salt": "s", "priority": 1, "n_predict": -1, "n_cmpl": 4, "verbose": True, "speculative.n_max": 9,
-        "sse_ping_interval": 1,
+        "sse_ping_interval": 1, "cache_prompt": True, "kv_transfer_params": {},
     }  # fmt: skip
-    allowed = {"messages": [USER], "cache_prompt": False, "top_k": 1, "seed": 3}
+    allowed = {"messages": [USER], "top_k": 1, "seed": 3}
     sent, _ = edit_request(Endpoint.CHAT, allowed | forbidden, stream=True)
     assert sent == allowed | {"stream": True, "stream_options": {"include_usage": True}}
 

@@ -5,19 +5,28 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import InvalidKey, ModelNotAllowed
-from core.ids import ModelName, TenantId
-from gateway.auth import PREFIX, EmptyKeyFile, Keys, Principal, digest_of, keep_key, new_key
-from gateway.settings import KeySettings
+from core.chat import Endpoint
+from core.errors import EndpointNotAllowed, InvalidKey, KeysUnavailable, ModelNotAllowed, TenantSuspended
+from core.ids import ModelName
+from gateway.auth import PREFIX, EmptyKeyFile, Keyring, covers, digest_of, keep_key, new_key
+from gateway.settings import Settings
+from gateway.tenants import declared_keys, declared_tenants
 from routing.catalog import Catalog, Model
+from tests.fakes.tenancy import key, principal, tenant
 
 SECRET = "fbk_0123456789abcdefghij"
 CATALOG = Catalog((Model(name=ModelName("big"), aliases=("gpt-4o",)), Model(name=ModelName("small"))))
 
 
-def keys(**more: object) -> Keys:
-    settings = {"name": "laptop", "tenant": "acme", "key": SECRET, **more}
-    return Keys.from_settings([KeySettings.model_validate(settings)], CATALOG)
+NOW = 1_000_000.0
+MODELS = {name: {"workers": [{"engine": "openai", "url": "http://x"}]} for name in ("big", "small")}
+
+
+def keys(**more: object) -> Keyring:
+    declared = {"name": "laptop", "tenant": "acme", "key": SECRET, **more}
+    models = {**MODELS, "big": {**MODELS["big"], "aliases": ["gpt-4o"]}}
+    settings = Settings.model_validate({"models": models, "keys": [declared]})
+    return Keyring(declared_tenants(settings, CATALOG), declared_keys(settings, CATALOG))
 
 
 @pytest.mark.parametrize(
@@ -32,9 +41,9 @@ def keys(**more: object) -> Keys:
     ],
 )
 def test_a_key_is_found_where_clients_put_it(headers: dict[bytes, bytes]) -> None:
-    principal = keys().identify(headers)
+    caller = keys().identify(headers, NOW)
 
-    assert (principal.key_name, principal.tenant, principal.models) == ("laptop", "acme", None)
+    assert (caller.key.name, caller.tenant, caller.models) == ("laptop", "acme", None)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +52,7 @@ def test_a_key_is_found_where_clients_put_it(headers: dict[bytes, bytes]) -> Non
 )
 def test_no_key_is_told_apart_from_a_wrong_one(headers: dict[bytes, bytes]) -> None:
     with pytest.raises(InvalidKey, match="no API key was sent"):
-        keys().identify(headers)
+        keys().identify(headers, NOW)
 
 
 @pytest.mark.parametrize(
@@ -51,43 +60,99 @@ def test_no_key_is_told_apart_from_a_wrong_one(headers: dict[bytes, bytes]) -> N
 )
 def test_a_wrong_key_is_refused(secret: bytes) -> None:
     with pytest.raises(InvalidKey, match="not known here"):
-        keys().identify({b"authorization": b"Bearer " + secret})
+        keys().identify({b"authorization": b"Bearer " + secret}, NOW)
 
 
 def test_a_bearer_key_is_not_replaced_by_another_header() -> None:
     with pytest.raises(InvalidKey):
-        keys().identify({b"authorization": b"Bearer wrong", b"x-api-key": SECRET.encode()})
+        keys().identify({b"authorization": b"Bearer wrong", b"x-api-key": SECRET.encode()}, NOW)
 
 
 def test_a_key_may_be_declared_by_its_hash() -> None:
     by_hash = keys(key=None, sha256=digest_of(SECRET.encode()).hex())
 
-    assert by_hash.identify({b"api-key": SECRET.encode()}).tenant == "acme"
+    assert by_hash.identify({b"api-key": SECRET.encode()}, NOW).tenant == "acme"
 
 
 def test_the_hash_is_no_key() -> None:
     with pytest.raises(InvalidKey):
-        keys().identify({b"api-key": digest_of(SECRET.encode())})
+        keys().identify({b"api-key": digest_of(SECRET.encode())}, NOW)
 
 
-def test_an_allow_list_takes_aliases_and_leaves_out_what_does_not_exist() -> None:
-    principal = keys(models=("gpt-4o", "nobody")).identify({b"api-key": SECRET.encode()})
+def test_an_allow_list_takes_aliases() -> None:
+    caller = keys(models=("gpt-4o",)).identify({b"api-key": SECRET.encode()}, NOW)
 
-    assert principal.models == frozenset({ModelName("big")})
-    assert principal.may_use(ModelName("big"))
+    assert caller.models == frozenset({ModelName("big")})
+    assert caller.may_use(ModelName("big"))
     with pytest.raises(ModelNotAllowed):
-        principal.check(ModelName("small"))
+        caller.check(ModelName("small"))
 
 
 def test_an_empty_allow_list_allows_nothing() -> None:
-    principal = Principal(key_name="k", tenant=TenantId("t"), digest=b"", models=frozenset())
-
-    assert not principal.may_use(ModelName("big"))
+    assert not principal([]).may_use(ModelName("big"))
 
 
 def test_nobody_is_known_where_no_key_was_declared() -> None:
     with pytest.raises(InvalidKey):
-        Keys([]).identify({b"api-key": b"anything"})
+        Keyring([], []).identify({b"api-key": b"anything"}, NOW)
+
+
+def test_a_key_may_do_no_more_than_its_tenant() -> None:
+    big, small = ModelName("big"), ModelName("small")
+    owner = tenant(models=frozenset({big}), endpoints=frozenset({Endpoint.CHAT}), max_class="standard")
+
+    caller = principal([big, small], of=owner, max_class="interactive")
+
+    assert (caller.models, caller.max_class) == (frozenset({big}), "standard")
+    caller.check_endpoint(Endpoint.CHAT)
+    with pytest.raises(EndpointNotAllowed, match="/v1/embeddings"):
+        caller.check_endpoint(Endpoint.EMBEDDINGS)
+
+
+@pytest.mark.parametrize(
+    ("more", "code"), [({"expires_at": NOW}, "key_expired"), ({"revoked_at": NOW - 1}, "key_revoked")]
+)
+def test_a_key_that_holds_no_longer_is_told_why(more: dict[str, float], code: str) -> None:
+    ring = Keyring([tenant()], [key(SECRET, **more)])
+
+    with pytest.raises(InvalidKey) as refused:
+        ring.identify({b"api-key": SECRET.encode()}, NOW)
+    assert refused.value.specific_code == code
+
+
+def test_a_key_holds_until_the_moment_it_expires() -> None:
+    ring = Keyring([tenant()], [key(SECRET, expires_at=NOW + 1)])
+
+    assert ring.identify({b"api-key": SECRET.encode()}, NOW).tenant == "acme"
+
+
+def test_a_suspended_tenants_keys_are_refused() -> None:
+    ring = Keyring([tenant(is_suspended=True)], [key(SECRET)])
+
+    with pytest.raises(TenantSuspended):
+        ring.identify({b"api-key": SECRET.encode()}, NOW)
+
+
+def test_a_key_that_only_the_database_may_know_is_unavailable_rather_than_wrong() -> None:
+    with pytest.raises(KeysUnavailable):
+        Keyring([], [], is_complete=False).identify({b"api-key": SECRET.encode()}, NOW)
+
+
+def test_an_operators_key_opens_the_admin_port_and_nothing_else() -> None:
+    ring = Keyring([tenant()], [key(SECRET, role="operator"), key("fbk_another_key_of_length")])
+    headers = {b"authorization": b"Bearer " + SECRET.encode()}
+
+    assert ring.operator(headers, NOW).role == "operator"
+    with pytest.raises(InvalidKey):
+        ring.identify(headers, NOW)
+    with pytest.raises(InvalidKey):
+        ring.operator({b"api-key": b"fbk_another_key_of_length"}, NOW)
+
+
+def test_a_role_covers_those_below_it() -> None:
+    assert covers("admin", "policy")
+    assert covers("operator", "operator")
+    assert not covers("viewer", "operator")
 
 
 def test_new_keys_are_long_and_never_the_same() -> None:

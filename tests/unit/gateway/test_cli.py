@@ -393,7 +393,12 @@ def test_a_model_is_named_after_its_source(source: str, name: str) -> None:
 def test_a_plan_becomes_settings_with_the_hub_id_as_alias() -> None:
     chosen = plan.plan_launch("org/Repo-GGUF", "llamacpp", slots=None, context=None, threads=2, gpus=())
     tree = plan.tree(
-        plan.launched(chosen), state=Path("s"), local_key=new_key(), admin_key="a" * 40, port=1, admin_port=2
+        plan.launched(chosen),
+        state=Path("s"),
+        local_key=new_key(),
+        admin_key="fba_the-admin-key-of-a-test",
+        port=1,
+        admin_port=2,
     )
     settings = parse(tree, {}, origin="test")
     assert settings.models["repo"].aliases == ("org/Repo-GGUF",)
@@ -405,7 +410,9 @@ def test_a_plan_becomes_settings_with_the_hub_id_as_alias() -> None:
 def test_attached_models_keep_the_key_in_the_environment() -> None:
     section = plan.attached("http://h/v1", ["a", "b"], key_env="MY_KEY", max_inflight=None)
     assert json.dumps(section).count("${MY_KEY}") == 2
-    tree = plan.tree(section, state=Path("s"), local_key=new_key(), admin_key="a" * 40, port=1, admin_port=2)
+    tree = plan.tree(
+        section, state=Path("s"), local_key=new_key(), admin_key="fba_the-admin-key-of-a-test", port=1, admin_port=2
+    )
     key = parse(tree, {"MY_KEY": "sk-1"}, origin="test").models["b"].workers[0].key
     assert key is not None
     assert key.get_secret_value() == "sk-1"

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from core.chat import Call, Endpoint, Timeouts
 from core.errors import InvalidJson, InvalidRequest, ModelNotAllowed, UnknownModel, UnsupportedParameter
-from core.ids import ModelName, RequestId, TenantId
+from core.ids import ModelName, RequestId
 from gateway.api.requests import parse_body, read_call, request_id_of
 from gateway.auth import Principal
 from routing.catalog import Catalog, Model
+from tests.fakes.tenancy import principal
 
 BIG, SMALL = ModelName("big"), ModelName("small")
 CATALOG = Catalog(
@@ -22,8 +23,8 @@ CATALOG = Catalog(
         Model(name=SMALL),
     )
 )
-ALL = Principal(key_name="k", tenant=TenantId("acme"), digest=b"d", models=None)
-ONLY_BIG = Principal(key_name="k", tenant=TenantId("acme"), digest=b"d", models=frozenset({BIG}))
+ALL = principal()
+ONLY_BIG = principal([BIG])
 HELLO = {"model": "big", "messages": [{"role": "user", "content": "Hello"}]}
 PROMPTS: dict[Endpoint, dict[str, Any]] = {
     Endpoint.CHAT: HELLO,
@@ -39,14 +40,14 @@ def read(
     headers: dict[str, str] | None = None,
     *,
     endpoint: Endpoint = Endpoint.CHAT,
-    principal: Principal = ALL,
+    caller: Principal = ALL,
 ) -> Call:
     return read_call(
         endpoint,
         body if isinstance(body, bytes) else json.dumps(body).encode(),
         {name.encode(): value.encode() for name, value in (headers or {}).items()},
         request_id=RequestId("req_1"),
-        principal=principal,
+        principal=caller,
         catalog=CATALOG,
     )
 
@@ -163,7 +164,7 @@ def test_an_unknown_model_is_told_with_the_nearest_name() -> None:
 
 def test_a_hint_names_no_model_that_the_key_may_not_see() -> None:
     with pytest.raises(UnknownModel, match="GET /v1/models"):
-        read({**HELLO, "model": "smal"}, principal=ONLY_BIG)
+        read({**HELLO, "model": "smal"}, caller=ONLY_BIG)
 
 
 def test_an_error_repeats_no_long_name() -> None:
@@ -174,9 +175,9 @@ def test_an_error_repeats_no_long_name() -> None:
 
 def test_a_key_opens_its_models_alone() -> None:
     with pytest.raises(ModelNotAllowed):
-        read({**HELLO, "model": "small"}, principal=ONLY_BIG)
+        read({**HELLO, "model": "small"}, caller=ONLY_BIG)
 
-    assert read(HELLO, principal=ONLY_BIG).fallbacks == ()
+    assert read(HELLO, caller=ONLY_BIG).fallbacks == ()
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_our_object_is_an_object(value: object) -> None:
     assert refusal(forebay=value).param == "forebay"
 
 
-@pytest.mark.parametrize("key", ["cache", "objective", "deadline_ms", "class", "route", "examples", "kv"])
+@pytest.mark.parametrize("key", ["cache", "objective", "deadline_ms", "route", "examples", "kv"])
 def test_what_is_not_built_yet_is_refused_by_name(key: str) -> None:
     error = refusal(forebay={key: {}})
 
@@ -327,7 +328,7 @@ def test_fallbacks_are_models_that_the_key_may_use() -> None:
     with pytest.raises(UnknownModel):
         own(fallbacks=["nobody"])
     with pytest.raises(ModelNotAllowed):
-        read({**HELLO, "forebay": {"fallbacks": ["small"]}}, principal=ONLY_BIG)
+        read({**HELLO, "forebay": {"fallbacks": ["small"]}}, caller=ONLY_BIG)
 
 
 @pytest.mark.parametrize("value", ["small", {}, None, ["small"] * 9, [1], [["small"]]])
@@ -351,3 +352,26 @@ def test_a_trace_is_passed_on_if_it_is_one() -> None:
 
     assert chat({"traceparent": trace}).traceparent == trace
     assert chat({"traceparent": trace + "\r\nx: y"}).traceparent is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "cap", "given"),
+    [
+        ({}, "interactive", "standard"),
+        ({"forebay": {"class": "interactive"}}, "interactive", "interactive"),
+        ({"forebay": {"class": "interactive"}}, "standard", "standard"),
+        ({"forebay": {"class": "batch"}}, "standard", "batch"),
+        ({}, "batch", "batch"),
+        ({"service_tier": "priority"}, "interactive", "interactive"),
+        ({"service_tier": "flex"}, "interactive", "batch"),
+        ({"service_tier": "auto"}, "interactive", "standard"),
+        ({"service_tier": "flex", "forebay": {"class": "standard"}}, "interactive", "standard"),
+    ],
+)
+def test_a_request_is_as_urgent_as_it_asks_and_its_key_allows(asked: dict[str, Any], cap: Any, given: str) -> None:
+    assert read({**HELLO, **asked}, caller=principal(max_class=cap)).context.urgency == given
+
+
+def test_a_class_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="one of interactive, standard, batch"):
+        own(**{"class": "urgent"})

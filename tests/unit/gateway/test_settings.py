@@ -94,10 +94,10 @@ def test_a_name_that_is_not_set_is_a_fault_that_tells_its_place() -> None:
 
 def test_a_file_is_filled_in_without_its_last_newline(tmp_path: Path) -> None:
     secret = tmp_path / "admin.key"
-    secret.write_text("fba_secret\n")
+    secret.write_text("fba_the-admin-key-of-a-test\n")
     key = settings_of(admin_key=f"${{file:{secret}}}").admin_key
     assert key is not None
-    assert key.get_secret_value() == "fba_secret"
+    assert key.get_secret_value() == "fba_the-admin-key-of-a-test"
 
 
 def test_a_file_that_is_missing_is_a_fault_that_names_it(tmp_path: Path) -> None:
@@ -105,9 +105,11 @@ def test_a_file_that_is_missing_is_a_fault_that_names_it(tmp_path: Path) -> None
 
 
 def test_secrets_do_not_show_in_a_printed_settings_tree() -> None:
-    settings = settings_of(admin_key="fba_secret", keys=[{"name": "a", "tenant": "a", "key": "fbk_" + "s" * 40}])
-    assert "fba_secret" not in repr(settings)
-    assert "ssss" not in repr(settings)
+    settings = settings_of(
+        admin_key="fba_the-admin-key-of-a-test",
+        keys=[{"name": "a", "tenant": "a", "key": "fbk_the-data-key-of-a-test"}],
+    )
+    assert "key-of-a-test" not in repr(settings)
 
 
 def test_a_key_needs_one_secret_long_enough_to_be_one() -> None:
@@ -157,3 +159,47 @@ def test_a_file_with_a_list_is_refused(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed_once_read() -> None:
     with pytest.raises(ValueError, match="frozen"):
         settings_of().version = 2  # type: ignore[assignment]
+
+
+def file_of(tmp_path: Path, text: str = "") -> Path:
+    path = tmp_path / "forebay.yaml"
+    path.write_text(f"{text}\nmodels: {{small: {{workers: [{{engine: openai, url: 'http://h'}}]}}}}\n")
+    return path
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "server: {port: 1, host: h}\ntimeouts: {total: 5}")
+    env = {
+        "FOREBAY_SERVER__PORT": "9000",
+        "FOREBAY_TIMEOUTS__TOTAL": "2m",
+        "FOREBAY_MODELS__SMALL__ALIASES": '["s"]',
+        "FOREBAY_STATE_DIR": "/state",
+    }
+    settings = load(path, env)
+    assert (settings.server.port, settings.server.host, settings.timeouts.total) == (9000, "h", 120)
+    assert settings.models["small"].aliases == ("s",)
+    assert settings.state_dir == Path("/state")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("FOREBAY_SERVR__PORT", "1", "did you mean `server`?"),
+        ("FOREBAY_SERVER__PROT", "1", "did you mean `port`?"),
+        ("FOREBAY_SERVER__PORT", "x", "server.port"),
+        ("FOREBAY_KEYS", "x", "given as JSON"),
+    ],
+)
+def test_a_fault_of_the_environment_is_told_as_one(tmp_path: Path, name: str, value: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=r"^environment: ") as caught:
+        load(file_of(tmp_path), {name: value})
+    assert told in str(caught.value)
+
+
+def test_variables_for_the_command_line_are_no_settings(tmp_path: Path) -> None:
+    env = {"FOREBAY_STATE": "x", "FOREBAY_VERSION": "0.1.0", "FOREBAY_PORT": "tcp://10.0.0.1:8411"}
+    assert load(file_of(tmp_path), env) == load(file_of(tmp_path), {})
+
+
+def test_a_masked_value_is_never_taken_back() -> None:
+    assert "admin_key: *** stands for a secret" in fault_of(admin_key="***")

@@ -81,3 +81,19 @@ def test_the_count_is_what_is_there(steps: list[tuple[str, bool, bool]]) -> None
 
     assert len(waiting) == len(there) == sum(waiting.num_waiting(TenantId(tenant)) for tenant in "abc")
     assert sorted(turns(waiting)) == sorted(name for _, name in there)
+
+
+def test_inside_a_tenant_the_most_urgent_goes_first_and_equals_in_order_of_arrival() -> None:
+    waiting = TenantQueues()
+    for name, rank in (("a-batch", 2), ("a-standard", 1), ("a-now", 0), ("a-now-too", 0)):
+        waiting.push(TenantId("a"), RequestId(name), rank=rank)
+
+    assert turns(waiting) == ["a-now", "a-now-too", "a-standard", "a-batch"]
+
+
+def test_urgency_moves_no_tenant_before_another() -> None:
+    waiting = TenantQueues()
+    waiting.push(TenantId("a"), RequestId("a-batch"), rank=2)
+    waiting.push(TenantId("b"), RequestId("b-now"), rank=0)
+
+    assert turns(waiting) == ["a-batch", "b-now"]

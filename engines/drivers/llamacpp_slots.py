@@ -1,0 +1,166 @@
+"""Which slot of llama.cpp runs a request, and whether it may use what the slot still holds (S5).
+
+A slot keeps the prompt of its last request, and a prompt that begins alike is answered sooner. Nobody may learn from
+that what another tenant has asked: a request uses a slot's cache only if the last one there was of the same tenant.
+For that we choose the slots ourselves.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from core.ids import TenantId
+
+_LIKE = 0.1  # the share of a prompt that a slot has to hold already to be preferred for it; llama.cpp's own default
+
+
+class Seat:
+    """A request's place: the number of its slot (None: the engine chooses), and whether it may use the cache there."""
+
+    __slots__ = ("is_cached", "slot")
+
+    def __init__(self, slot: int | None, *, is_cached: bool) -> None:
+        self.slot = slot
+        self.is_cached = is_cached
+
+
+class _Slot:
+    """``owner`` is whose prompt the slot holds, None if that is not sure or nobody's; ``prompt`` is the last one's."""
+
+    __slots__ = ("num_left", "num_running", "owner", "prompt", "used_at")
+
+    def __init__(self) -> None:
+        self.owner: TenantId | None = None
+        self.prompt = b""
+        self.used_at = 0
+        self.num_running = 0
+        self.num_left = 0
+
+    @property
+    def num_taken(self) -> int:
+        return self.num_running + self.num_left
+
+
+class SlotBook:
+    """Who has and had each slot of one engine. With no slots known, nothing is placed and nothing is cached.
+
+    Some requests cannot be placed (llama.cpp reads no ``id_slot`` on those routes): they run *scattered*, without the
+    cache, and what they leave may lie in any slot, so that all slots count as nobody's from then on.
+    """
+
+    def __init__(self, num_slots: int = 0) -> None:
+        self._slots = [_Slot() for _ in range(num_slots)]
+        self._clock = 0
+        self._num_scattered = 0
+        self._num_scattered_left = 0
+        self._entering: set[Seat] = set()
+        self._news = asyncio.Event()
+
+    @property
+    def num_slots(self) -> int:
+        """How many slots the engine has, as far as we know."""
+        return len(self._slots)
+
+    async def seat(self, tenant: TenantId, prompt: bytes) -> Seat:
+        """Return the best seat as soon as there is one; see ``take``."""
+        while (seat := self.take(tenant, prompt)) is None:
+            await self._changed()
+        return seat
+
+    def take(self, tenant: TenantId, prompt: bytes) -> Seat | None:
+        """Return the best seat: a free slot of the tenant's own that holds a like prompt, or else one long unused.
+
+        None where all slots are taken and the one to queue for is about to use its cache: the engine may begin with
+        the later of two requests.
+        """
+        if not self._slots:
+            return Seat(None, is_cached=False)
+        fewest = min(slot.num_taken for slot in self._slots)
+        free = [number for number, slot in enumerate(self._slots) if slot.num_taken == fewest]
+        number = self._like(tenant, prompt, free)
+        if number is None:
+            number = min(free, key=lambda number: self._slots[number].used_at)
+        if fewest and any(seat.slot == number for seat in self._entering):
+            return None
+        slot = self._slots[number]
+        is_scattered = self._num_scattered + self._num_scattered_left > 0
+        # Of two requests that wait for one slot, nobody knows which the engine takes first.
+        is_sure = slot.num_taken == 0 and not is_scattered
+        seat = Seat(number, is_cached=is_sure and slot.owner == tenant)
+        slot.owner = tenant if is_sure or (slot.owner == tenant and not is_scattered) else None
+        slot.prompt = prompt
+        slot.num_running += 1
+        self._clock += 1
+        slot.used_at = self._clock
+        if seat.is_cached:
+            self._entering.add(seat)
+        return seat
+
+    def _like(self, tenant: TenantId, prompt: bytes, free: list[int]) -> int | None:
+        own = [number for number in free if self._slots[number].owner == tenant]
+        if not own:
+            return None
+        shared, number = max((num_shared(prompt, self._slots[number].prompt), number) for number in own)
+        return number if shared >= _LIKE * len(prompt) else None
+
+    def entered(self, seat: Seat) -> None:
+        """Note that the engine works on the request."""
+        if seat in self._entering:
+            self._entering.remove(seat)
+            self._news.set()
+
+    def leave(self, seat: Seat, *, has_ended: bool) -> None:
+        """Note the end of a request; one that has not ended by itself keeps its slot until ``observe`` frees it."""
+        self.entered(seat)
+        if seat.slot is None:
+            return
+        slot = self._slots[seat.slot]
+        slot.num_running -= 1
+        slot.num_left += not has_ended
+
+    @asynccontextmanager
+    async def scattered(self) -> AsyncIterator[None]:
+        """Let a request run that cannot be placed: entered once no slot's cache is about to be used."""
+        if not self._slots:
+            yield
+            return
+        self._num_scattered += 1  # from here on nobody is given a cache
+        is_sent = has_ended = False
+        try:
+            while self._entering:
+                await self._changed()
+            for slot in self._slots:
+                slot.owner = None
+            is_sent = True
+            yield
+            has_ended = True
+        finally:
+            self._num_scattered -= 1
+            self._num_scattered_left += is_sent and not has_ended
+
+    async def _changed(self) -> None:
+        self._news.clear()
+        await self._news.wait()
+
+    def observe(self, busy: Iterable[int]) -> None:
+        """Take what the engine says of its slots: those that it works on. What was left alone there is over."""
+        working = set(busy)
+        num_live = self._num_scattered + sum(slot.num_running for slot in self._slots)
+        is_all_live = len(working) <= num_live
+        for number, slot in enumerate(self._slots):
+            if is_all_live or number not in working:
+                slot.num_left = 0
+        if is_all_live:
+            self._num_scattered_left = 0
+
+
+def num_shared(one: bytes, other: bytes) -> int:
+    """Return how many bytes the two have in common from their beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

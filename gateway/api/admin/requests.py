@@ -1,0 +1,255 @@
+"""Requests that were served, and why they were served as they were. Never their content."""
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+from pydantic import AwareDatetime
+
+from core.errors import UnknownId
+from core.records import CLIENT_LEFT, LegRecord, RequestRecord
+from gateway.api.admin.document import errors
+from gateway.api.admin.guard import guarded
+from gateway.api.admin.pages import After, Limit, Page, cursor_of, place_of
+from gateway.api.admin.shapes import ONE_LINE, TENANT_ID, Shape, Spend, shown_time, shown_usd
+from gateway.services import Services
+
+Id = Annotated[str, Path(min_length=1, max_length=128, pattern=ONE_LINE)]
+Text = Annotated[str | None, Query(max_length=210, pattern=ONE_LINE)]
+Status = Annotated[int | None, Query(ge=100, le=599)]
+Moment = Annotated[AwareDatetime | None, Query()]
+
+
+class UsageShape(Shape):
+    """Tokens that the engine says it processed."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class LegShape(Shape):
+    """One run of a request on one worker. `at_s`: when it began, counted from the request's arrival."""
+
+    worker: str
+    model: str
+    at_s: float
+    duration_s: float
+    cause: str
+
+
+class RequestShape(Shape):
+    """A request. Status 499: the client left. `key` is the key's id; `usd` what it cost."""
+
+    id: str
+    time: datetime
+    endpoint: str
+    status: int
+    error: str | None
+    tenant: str | None
+    key: str | None
+    end_user: str | None
+    model: str | None
+    asked_model: str | None
+    worker: str | None
+    stream: bool
+    attempts: int
+    duration_s: float
+    queue_s: float
+    first_byte_s: float | None
+    overhead_s: float | None
+    usage: UsageShape | None
+    usd: Spend
+    session: str | None
+    program: str | None
+    run: str | None
+    stage: str | None
+    client_retry: str | None
+    traceparent: str | None
+    legs: list[LegShape]
+
+
+class DecisionShape(Shape):
+    """How a request was served. `summary`: in a paragraph; `fell_back`: another model answered than was asked."""
+
+    id: str
+    summary: str
+    status: int
+    error: str | None
+    asked_model: str | None
+    model: str | None
+    worker: str | None
+    fell_back: bool
+    queue_s: float
+    attempts: int
+    retries: int
+    legs: list[LegShape]
+    usd: Spend
+
+
+def request_routes(services: Services) -> APIRouter:
+    """Return the routes of requests and decisions."""
+    router = APIRouter(prefix="/admin/v1", tags=["requests"], route_class=guarded(services))
+
+    @router.get("/requests", responses=errors())
+    async def list_requests(
+        *,
+        tenant: Annotated[str | None, Query(pattern=TENANT_ID)] = None,
+        key: Text = None,
+        model: Text = None,
+        error: Text = None,
+        min_status: Status = None,
+        max_status: Status = None,
+        since: Moment = None,
+        until: Moment = None,
+        limit: Limit = 50,
+        after: After = None,
+    ) -> Page[RequestShape]:
+        """Search the request log, newest first. It holds a request about half a second after its end."""
+        rows = await services.store.requests.search(
+            tenant=tenant,
+            key=key,
+            model=model,
+            error=error,
+            min_status=min_status,
+            max_status=max_status,
+            since=since.timestamp() if since else None,
+            until=until.timestamp() if until else None,
+            after=place_of(after, tuple[float, str]),
+            limit=limit + 1,
+        )
+        page = rows[:limit]
+        following = cursor_of((page[-1].time, page[-1].id)) if len(rows) > limit else None
+        return Page(data=[_shown(record) for record in page], next=following)
+
+    @router.get("/requests/{request_id}", responses=errors(404))
+    async def show_request(request_id: Id) -> RequestShape:
+        """Show one request of the log, by the id that its answer had in `x-request-id`."""
+        return _shown(await _known(request_id, services))
+
+    @router.get("/decisions/{request_id}", responses=errors(404))
+    async def show_decision(request_id: Id) -> DecisionShape:
+        """Tell how a request was served: where it waited, what was tried, what it cost."""
+        record = await _known(request_id, services)
+        return DecisionShape(
+            id=record.id,
+            summary=summary_of(record),
+            status=record.status,
+            error=record.error,
+            asked_model=record.asked_model or record.model,
+            model=record.model,
+            worker=record.worker,
+            fell_back=fell_back(record),
+            queue_s=record.queue_s,
+            attempts=record.attempts,
+            retries=max(0, record.attempts - 1),
+            legs=[_shown_leg(leg) for leg in record.legs],
+            usd=shown_usd(record.cost),
+        )
+
+    return router
+
+
+def fell_back(record: RequestRecord) -> bool:
+    """Whether another model answered than the one that was asked."""
+    models = [leg.model for leg in record.legs]
+    return len(models) > 1 and models[-1] != models[0]
+
+
+def summary_of(record: RequestRecord) -> str:
+    """Return in a paragraph how a request was served: what was asked, waited for, tried, answered and spent."""
+    asked = f" for the model {record.asked_model or record.model!r}" if record.asked_model or record.model else ""
+    caller = f"The tenant {str(record.tenant)!r}" if record.tenant else "An unknown caller"
+    sentences = [f"{caller} called {record.endpoint}{asked}."]
+    if record.legs:
+        waited = f"waited {_duration(record.queue_s)} for a worker" if record.queue_s >= 0.001 else "had no wait"
+        first = record.legs[0]
+        sentences.append(f"It {waited} and began on {first.worker!r} after {_duration(first.at_s)}.")
+        sentences += (
+            f"That ended with {before.cause!r} after {_duration(before.duration_s)}, and it went on "
+            f"to {leg.worker!r} ({leg.model}) at {_duration(leg.at_s)}."
+            for before, leg in zip(record.legs, record.legs[1:], strict=False)
+        )
+    elif record.attempts == 0:
+        sentences.append("No worker was given it.")
+    if fell_back(record):
+        sentences.append(f"It was answered by a fallback, the model {record.model!r}.")
+    sentences += [_ending(record), _spending(record)]
+    return " ".join(sentences)
+
+
+def _ending(record: RequestRecord) -> str:
+    took = _duration(record.duration_s)
+    if record.status == CLIENT_LEFT:
+        return f"The client left after {took}."
+    if record.error is not None:
+        return f"It ended with status {record.status} and the error {record.error!r} after {took}."
+    first = f", its first byte after {_duration(record.first_byte_s)}" if record.first_byte_s is not None else ""
+    return f"It was answered with status {record.status} in {took}{first}."
+
+
+def _spending(record: RequestRecord) -> str:
+    if (usage := record.usage) is None:
+        return "Nothing was metered."
+    cached = f" ({usage.cached_tokens} of them cached by the engine)" if usage.cached_tokens else ""
+    return (
+        f"It used {usage.prompt_tokens} tokens of prompt{cached} and {usage.completion_tokens} of answer, "
+        f"{shown_usd(record.cost)} USD."
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+async def _known(request_id: str, services: Services) -> RequestRecord:
+    record = await services.store.requests.request(request_id)
+    if record is None:
+        raise UnknownId(
+            f"the log has no request {request_id[:128]!r}; it comes there half a second after its end, and goes after "
+            "`request_log.retention`",
+            code="unknown_request",
+        )
+    return record
+
+
+def _shown(record: RequestRecord) -> RequestShape:
+    usage = record.usage
+    return RequestShape(
+        id=record.id,
+        time=shown_time(record.time),
+        endpoint=record.endpoint,
+        status=record.status,
+        error=record.error,
+        tenant=record.tenant,
+        key=record.key,
+        end_user=record.end_user,
+        model=record.model,
+        asked_model=record.asked_model,
+        worker=record.worker,
+        stream=record.stream,
+        attempts=record.attempts,
+        duration_s=record.duration_s,
+        queue_s=record.queue_s,
+        first_byte_s=record.first_byte_s,
+        overhead_s=record.overhead_s,
+        usage=None
+        if usage is None
+        else UsageShape(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+        ),
+        usd=shown_usd(record.cost),
+        session=record.session,
+        program=record.program,
+        run=record.run,
+        stage=record.stage,
+        client_retry=record.client_retry,
+        traceparent=record.traceparent,
+        legs=[_shown_leg(leg) for leg in record.legs],
+    )
+
+
+def _shown_leg(leg: LegRecord) -> LegShape:
+    return LegShape(worker=leg.worker, model=leg.model, at_s=leg.at_s, duration_s=leg.duration_s, cause=leg.cause)

@@ -1,0 +1,81 @@
+"""Budgets: which period a moment belongs to, and what the ledger says has been used of it."""
+
+import datetime
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from core.records import Sum
+from core.tenancy import Budget, Period, Unit
+from routing.limits import Meter
+
+DAY_S = 86_400
+PERIODS: tuple[Period, ...] = ("day", "week", "month", "total")
+
+Subject = tuple[str, ...]
+"""Whose budget it is: ``("tenant", id)``, ``("key", id)`` or ``("end_user", tenant, end user)``."""
+
+
+def day_of(now: float) -> int:
+    """Return the day (UTC) of a Unix time, counted from the epoch."""
+    return int(now // DAY_S)
+
+
+def first_day(period: Period, day: int) -> int:
+    """Return the day on which the period that holds ``day`` began; 0 for one that never starts anew."""
+    date = datetime.date.fromordinal(datetime.date(1970, 1, 1).toordinal() + day)
+    match period:
+        case "day":
+            return day
+        case "week":
+            return day - date.weekday()
+        case "month":
+            return day - date.day + 1
+        case _:
+            return 0
+
+
+def ends_at(period: Period, day: int) -> float:
+    """Return the Unix time at which the period that holds ``day`` ends; 0 for one that never does."""
+    match period:
+        case "day":
+            return float((day + 1) * DAY_S)
+        case "week":
+            return float((first_day("week", day) + 7) * DAY_S)
+        case "month":
+            return float(first_day("month", first_day("month", day) + 31) * DAY_S)
+        case _:
+            return 0.0
+
+
+class Spent:
+    """What has been used, by subject and period, as the ledger knew when it was last read. Immutable."""
+
+    def __init__(self, day: int = 0, sums: Mapping[Period, Iterable[Sum]] | None = None) -> None:
+        self.day = day
+        self._used: defaultdict[tuple[Subject, Period, Unit], int] = defaultdict(int)
+        for period, entries in (sums or {}).items():
+            for entry in entries:
+                for subject in _subjects(entry):
+                    self._used[subject, period, "tokens"] += entry.tokens
+                    self._used[subject, period, "usd"] += entry.cost
+
+    def meter(self, subject: Subject, budget: Budget, amount: int, now: float) -> Meter:
+        """Return the meter that a request which may use ``amount`` needs room in."""
+        day = day_of(now)
+        start = first_day(budget.period, day)
+        is_known = first_day(budget.period, self.day) == start
+        return Meter(
+            key=f"budget/{'/'.join(subject)}/{budget.unit}/{budget.period}/{start}",
+            kind="period",
+            limit=budget.amount,
+            amount=amount,
+            seed=self._used.get((subject, budget.period, budget.unit), 0) if is_known else 0,
+            ends_at=ends_at(budget.period, day),
+        )
+
+
+def _subjects(entry: Sum) -> Iterable[Subject]:
+    yield ("tenant", entry.tenant)
+    yield ("key", entry.key)
+    if entry.end_user:
+        yield ("end_user", entry.tenant, entry.end_user)

@@ -1,0 +1,298 @@
+"""Limits by reservation: what a request may use is taken before it runs, and settled to what it really used after.
+
+A request names its *meters*: a window of 60 seconds (requests, tokens), a budget's period (tokens, money), or answers
+open at a time. All of them are taken together or none is. ``LocalLimiter`` keeps the counts of one process;
+``storage/redis/limits.py`` keeps them for several, and the contract suite holds both to the same behaviour.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol, assert_never
+
+import msgspec
+
+from core.errors import LimitsUnavailable
+
+WINDOW_S = 60
+PARALLEL_RETRY_S = 1.0
+
+Kind = Literal["window", "period", "parallel"]
+
+
+class Meter(msgspec.Struct, frozen=True):
+    """One count that a request needs room in. ``amount``: how much it takes now.
+
+    ``key`` names the count, for a period with the period in it; the meters of one request have different keys.
+    ``seed``: what a durable ledger says has been used of the period so far; a count that knows less starts from it.
+    ``ends_at``: when the period ends (Unix seconds; 0: never).
+    """
+
+    key: str
+    kind: Kind
+    limit: int
+    amount: int
+    seed: int = 0
+    ends_at: float = 0.0
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """The first meter without room; nothing was taken. ``retry_after``: seconds until there may be (None: never)."""
+
+    meter: int
+    retry_after: float | None
+
+
+class Granted(msgspec.Struct, frozen=True):
+    """All was taken. ``remaining``: what is left in each meter; ``reset_s``: seconds until it is whole again; ``at``:
+    the second that each window has booked it under; ``is_local``: counted by this process alone."""
+
+    remaining: tuple[int, ...]
+    reset_s: tuple[float, ...]
+    at: tuple[int, ...]
+    is_local: bool = True
+
+
+Verdict = Granted | Refused
+
+
+class Limiter(Protocol):
+    """Keeps the counts. Times are Unix seconds; processes that share counts have to agree on them to a few seconds."""
+
+    async def reserve(self, meters: Sequence[Meter], now: float) -> Verdict:
+        """Take every meter's amount, or none. Raises ``LimitsUnavailable`` where the counts cannot be reached."""
+
+    def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
+        """Put what was really used in the place of what was taken; ``parallel`` meters are given back whole.
+
+        Never waits and never fails: what cannot be told now is told later.
+        """
+
+
+class OpenAnswers:
+    """How many answers this process has open, by ``parallel`` meter. One truth for all limiters of a process: an answer
+    that one of them has let in, the others know of."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Every meter that has an answer open."""
+        return self._counts
+
+    def add(self, key: str, amount: int) -> None:
+        """Count answers that were opened, or, with a negative amount, that have ended."""
+        count = self._counts.get(key, 0) + amount
+        if count > 0:
+            self._counts[key] = count
+        else:
+            self._counts.pop(key, None)
+
+
+def reset_after(meter: Meter, now: float, at: int) -> float:
+    """Return in how many seconds a meter will be whole again; ``at``: when its window last booked something."""
+    if meter.kind == "window":
+        return float(max(0, at + WINDOW_S + 1 - int(now)))
+    return max(0.0, meter.ends_at - now)
+
+
+def retry_after(meter: Meter, now: float, window_wait: float | None) -> float | None:
+    """Return in how many seconds a meter that has no room may have it, None if never. ``window_wait``: what the window
+    says, if it is one."""
+    if meter.amount > meter.limit:
+        return None
+    match meter.kind:
+        case "window":
+            return window_wait
+        case "period":
+            return max(1.0, meter.ends_at - now) if meter.ends_at else None
+        case "parallel":
+            return PARALLEL_RETRY_S
+        case _:
+            assert_never(meter.kind)
+
+
+class _Window:
+    """What was taken in the last 60 seconds, by the second. Counts stay until their whole second has left it."""
+
+    __slots__ = ("seconds", "total")
+
+    def __init__(self) -> None:
+        self.seconds: deque[list[int]] = deque()  # [second, amount], oldest first
+        self.total = 0
+
+    def expire(self, second: int) -> None:
+        """Drop what has left the window; also what lies more than a window ahead: the clock was set back."""
+        while self.seconds and self.seconds[-1][0] > second + WINDOW_S:
+            self.total -= self.seconds.pop()[1]
+        while self.seconds and self.seconds[0][0] < second - WINDOW_S:
+            self.total -= self.seconds.popleft()[1]
+
+    def take(self, second: int, amount: int) -> int:
+        """Book an amount; return the second it is booked under: the last one, for a clock that was set back."""
+        if self.seconds and self.seconds[-1][0] >= second:
+            self.seconds[-1][1] += amount
+        else:
+            self.seconds.append([second, amount])
+        self.total += amount
+        return self.seconds[-1][0]
+
+    def correct(self, second: int, amount: int) -> None:
+        """Change what was booked under a second, unless it has left the window."""
+        for entry in reversed(self.seconds):
+            if entry[0] == second:
+                entry[1] += amount
+                self.total += amount
+                return
+
+    def wait_for(self, amount: int, limit: int, second: int) -> float:
+        """Return in how many seconds ``amount`` more, which is not more than ``limit``, will fit."""
+        excess = self.total + amount - limit
+        frees_at = second
+        for booked_at, booked in self.seconds:
+            if excess <= 0:
+                break
+            excess -= booked
+            frees_at = booked_at + WINDOW_S + 1
+        return float(max(1, frees_at - second))
+
+
+class _Period:
+    """What has been used of a budget, and how much of that the ledger said when the count was last raised to it."""
+
+    __slots__ = ("base", "ends_at", "used")
+
+    def __init__(self, ends_at: float) -> None:
+        self.base = self.used = 0
+        self.ends_at = ends_at
+
+    def raise_to(self, seed: int) -> None:
+        """Use the ledger's figure if it is higher."""
+        if seed > self.used:
+            self.base = self.used = seed
+
+
+class LocalLimiter:
+    """The counts of one process. Costs microseconds; forgets what has left its window or period.
+
+    ``share``: the part of every limit, and of what is left of every budget, that is this process's own while it stands
+    in for counts that several processes share. A request that fits the limit but not the share is let in by itself.
+    ``open_answers``: given where another limiter of this process counts too.
+    """
+
+    _SWEEP_EVERY_S = 60.0
+
+    def __init__(self, share: float = 1.0, open_answers: OpenAnswers | None = None) -> None:
+        self._share = share
+        self._open = OpenAnswers() if open_answers is None else open_answers
+        self._windows: dict[str, _Window] = {}
+        self._periods: dict[str, _Period] = {}
+        self._swept_at = 0.0
+
+    async def reserve(self, meters: Sequence[Meter], now: float) -> Verdict:
+        """Take every meter's amount, or none; see ``Limiter``. Never waits."""
+        second = int(now)
+        if abs(now - self._swept_at) > self._SWEEP_EVERY_S:
+            self._sweep(now)
+        for index, meter in enumerate(meters):
+            if self._used(meter, second) + meter.amount > self._limit(meter):
+                return Refused(index, retry_after(meter, now, self._window_wait(meter, second)))
+        at = tuple([self._take(meter, second) for meter in meters])
+        return Granted(
+            tuple([max(0, self._limit(meter) - self._used(meter, second)) for meter in meters]),
+            tuple([reset_after(meter, now, booked_at) for meter, booked_at in zip(meters, at, strict=True)]),
+            at,
+        )
+
+    def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
+        """Put what was really used in the place of what was taken; see ``Limiter``."""
+        for meter, really, at in zip(meters, used, granted.at, strict=True):
+            match meter.kind:
+                case "window":
+                    if really != meter.amount and (window := self._windows.get(meter.key)) is not None:
+                        window.correct(at, really - meter.amount)
+                case "period":
+                    if (period := self._periods.get(meter.key)) is not None:
+                        period.used += really - meter.amount
+                case "parallel":
+                    self._open.add(meter.key, -meter.amount)
+                case _:
+                    assert_never(meter.kind)
+
+    def _limit(self, meter: Meter) -> int:
+        if self._share == 1.0:
+            return meter.limit
+        base = self._periods[meter.key].base if meter.kind == "period" else 0
+        left = meter.limit - base
+        return base + max(int(left * self._share), min(meter.amount, left))
+
+    def _used(self, meter: Meter, second: int) -> int:
+        match meter.kind:
+            case "window":
+                window = self._windows.get(meter.key)
+                if window is None:
+                    return 0
+                window.expire(second)
+                return window.total
+            case "period":
+                period = self._periods.get(meter.key)
+                if period is None:
+                    period = self._periods[meter.key] = _Period(meter.ends_at)
+                period.raise_to(meter.seed)
+                return period.used
+            case "parallel":
+                return self._open.counts.get(meter.key, 0)
+            case _:
+                assert_never(meter.kind)
+
+    def _take(self, meter: Meter, second: int) -> int:
+        """Take the amount; return the second it is booked under, where that matters."""
+        match meter.kind:
+            case "window":
+                window = self._windows.get(meter.key)
+                if window is None:
+                    window = self._windows[meter.key] = _Window()
+                return window.take(second, meter.amount)
+            case "period":
+                self._periods[meter.key].used += meter.amount
+            case "parallel":
+                self._open.add(meter.key, meter.amount)
+            case _:
+                assert_never(meter.kind)
+        return 0
+
+    def _window_wait(self, meter: Meter, second: int) -> float | None:
+        window = self._windows.get(meter.key) if meter.kind == "window" else None
+        return window.wait_for(meter.amount, self._limit(meter), second) if window is not None else None
+
+    def _sweep(self, now: float) -> None:
+        """Forget counts that nobody has asked for since they ran out."""
+        self._swept_at = now
+        for window in self._windows.values():
+            window.expire(int(now))
+        self._windows = {key: window for key, window in self._windows.items() if window.seconds}
+        self._periods = {key: period for key, period in self._periods.items() if not 0 < period.ends_at <= now}
+
+
+class FallbackLimiter:
+    """The shared counts while they can be reached, this process's own share of each limit while they cannot.
+
+    ``shared`` and ``local`` are given the same ``OpenAnswers``. The two do not know each other's windows: a change from
+    one to the other may let in as much again within 60 seconds as the one that takes over allows. What was spent of
+    budgets meanwhile, the shared counts learn from the ledger.
+    """
+
+    def __init__(self, shared: Limiter, local: LocalLimiter) -> None:
+        self._shared = shared
+        self._local = local
+
+    async def reserve(self, meters: Sequence[Meter], now: float) -> Verdict:
+        """Take every meter's amount, or none; see ``Limiter``. Raises nothing."""
+        try:
+            return await self._shared.reserve(meters, now)
+        except LimitsUnavailable:
+            return await self._local.reserve(meters, now)
+
+    def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
+        """Tell whoever has granted it; see ``Limiter``."""
+        (self._local if granted.is_local else self._shared).settle(meters, used, granted)

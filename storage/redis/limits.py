@@ -1,0 +1,302 @@
+"""Limits that several gateway processes share: the behaviour of ``LocalLimiter``, with the counts in Redis.
+
+A call to Redis costs a hundred times what a reservation costs, so one call carries many: while one is on its way, what
+comes in collects, and goes with the next. What Redis does with a call is in ``limits.lua``, atomically. Calls are
+numbered, and one whose answer was lost is asked about again before the next, so that nothing is taken or given back
+twice, and what was taken for callers who have gone is given back.
+
+Redis may lose its counts (eviction, restart): windows and periods then begin anew, periods from what the ledger says;
+each process tells its open answers again within ``HEARTBEAT_S``.
+"""
+
+import asyncio
+import contextlib
+import math
+import secrets
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from core.clock import Clock
+from core.errors import LimitsUnavailable
+from routing.limits import Granted, Kind, Meter, OpenAnswers, Refused, Verdict, reset_after, retry_after
+from storage.redis.connection import RedisAwayError, RedisConnection, Script
+
+_SCRIPT = Script(Path(__file__).with_name("limits.lua").read_text())
+_PREFIX = "{forebay}:"  # one hash tag: all counts of a request have to be on one node of a cluster
+_KINDS: dict[Kind, int] = {"window": 0, "period": 1, "parallel": 2}
+_IS_PERIOD = -1
+_LARGEST = 2**62  # in picodollars 4.6 million USD; Lua's numbers are exact to 2**53, then to one part in 10**16
+_KEPT_AFTER_END_S = 3600
+_TTL_WITHOUT_END_S = 35 * 86400  # a total that is forgotten comes back from the ledger
+_ENCODER = msgspec.msgpack.Encoder()
+_ANSWER: msgspec.msgpack.Decoder[list[int]] = msgspec.msgpack.Decoder(list[int])
+
+
+_Reservation = tuple[Sequence[Meter], float, asyncio.Future[Verdict]]
+
+
+class _Call:
+    """What goes to Redis together. Its callers wait no longer than until ``give_up``, whatever becomes of it."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.reservations: list[_Reservation] = []
+        self.corrections: dict[tuple[str, int], int] = {}
+        self.give_up: asyncio.TimerHandle | None = None
+
+    def fail(self) -> None:
+        """Tell everyone who still waits that the counts cannot be reached."""
+        if self.give_up is not None:
+            self.give_up.cancel()
+        for _, _, future in self.reservations:
+            if not future.done():
+                future.set_exception(_unavailable())
+
+
+class RedisLimiter:
+    """Keeps the counts in Redis. An async context manager: leaving it takes this process's open answers out of them.
+
+    ``open_answers``: given where another limiter of this process counts too. A caller waits at most the connection's
+    ``command_timeout``; while the breaker is open, not at all.
+    """
+
+    HEARTBEAT_S = 1.0
+    SETTLE_DELAY_S = 0.005
+    MAX_RESERVATIONS_PER_CALL = 256
+    MAX_CALLS_WAITING = 16
+
+    def __init__(self, connection: RedisConnection, clock: Clock, open_answers: OpenAnswers | None = None) -> None:
+        self._connection = connection
+        self._clock = clock
+        self._open = OpenAnswers() if open_answers is None else open_answers
+        self._replica = secrets.token_hex(8)
+        self._number = 0
+        self._waiting: deque[_Call] = deque()
+        self._unanswered: _Call | None = None
+        self._corrections: dict[tuple[str, int], int] = {}
+        self._changed: set[str] = set()  # parallel meters whose count Redis has to be told
+        self._told: set[str] = set()  # those that it may hold a count of ours for
+        self._wake = asyncio.Event()
+        self._settle_timer: asyncio.TimerHandle | None = None
+        self._group = asyncio.TaskGroup()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        self._tasks = [self._group.create_task(work) for work in (self._send_for_ever(), self._beat_for_ever())]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._group.__aexit__(None, None, None)
+        self._fail_waiting()
+        for key, count in list(self._open.counts.items()):
+            self._open.add(key, -count)
+        self._changed |= self._told
+        with contextlib.suppress(RedisAwayError):  # then it will forget us by itself
+            while self._has_work():
+                await self._send_next()
+        if self._settle_timer is not None:
+            self._settle_timer.cancel()
+
+    async def reserve(self, meters: Sequence[Meter], now: float) -> Verdict:
+        """Take every meter's amount, or none; see ``Limiter``. Raises ``LimitsUnavailable``."""
+        if not self._connection.is_up:
+            raise _unavailable()
+        future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._call_with_room().reservations.append((meters, now, future))
+        self._wake.set()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._give_back(meters, future.result())
+            raise
+
+    def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
+        """Put what was really used in the place of what was taken; see ``Limiter``."""
+        for meter, really, at in zip(meters, used, granted.at, strict=True):
+            if meter.kind == "parallel":
+                self._open.add(meter.key, -meter.amount)
+                self._changed.add(meter.key)
+            elif really != meter.amount:
+                name = (meter.key, at if meter.kind == "window" else _IS_PERIOD)
+                self._corrections[name] = self._corrections.get(name, 0) + really - meter.amount
+        if self._settle_timer is None and self._connection.is_up:
+            self._settle_timer = asyncio.get_running_loop().call_later(self.SETTLE_DELAY_S, self._settle_now)
+
+    def _settle_now(self) -> None:
+        self._settle_timer = None
+        self._wake.set()
+
+    def _give_back(self, meters: Sequence[Meter], verdict: Verdict) -> None:
+        """Undo a reservation whose caller has gone."""
+        if isinstance(verdict, Granted):
+            self.settle(meters, [0] * len(meters), verdict)
+
+    def _call_with_room(self) -> _Call:
+        if self._waiting and len(self._waiting[-1].reservations) < self.MAX_RESERVATIONS_PER_CALL:
+            return self._waiting[-1]
+        if len(self._waiting) >= self.MAX_CALLS_WAITING:
+            raise _unavailable()
+        call = _Call()
+        call.give_up = asyncio.get_running_loop().call_later(self._connection.command_timeout, call.fail)
+        self._waiting.append(call)
+        return call
+
+    async def _send_for_ever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                while self._has_work():
+                    await self._send_next()
+            except RedisAwayError:
+                self._fail_waiting()
+
+    async def _beat_for_ever(self) -> None:
+        """Tell all that is open, which also tells that this process lives, and asks whether Redis is back."""
+        while True:
+            self._changed.update(self._open.counts, self._told)
+            if self._unanswered is None and not self._waiting:
+                self._waiting.append(_Call())
+            self._wake.set()
+            await asyncio.sleep(self.HEARTBEAT_S)
+
+    def _has_work(self) -> bool:
+        return bool(self._unanswered or self._waiting or self._corrections or self._changed)
+
+    async def _send_next(self) -> None:
+        """Send what waits, or, if the last call was not answered, ask what became of it."""
+        call = self._unanswered
+        if call is not None:
+            # It comes without what its callers wanted, for they have gone: an answer to that is from the first time.
+            answer = await self._send(call, (), ())
+            self._finish(call, answer if answer else None)
+        else:
+            call = self._waiting.popleft() if self._waiting else _Call()
+            call.reservations = [entry for entry in call.reservations if not entry[2].done()]
+            call.corrections, self._corrections = self._corrections, {}
+            self._number += 1
+            call.number = self._number
+            self._unanswered = call
+            self._finish(call, await self._send_first(call))
+        self._unanswered = None
+
+    async def _send_first(self, call: _Call) -> list[int]:
+        """Send a call with all that it carries. If it fails, the next one tells of open answers again."""
+        for meters, _, _ in call.reservations:
+            self._changed.update([meter.key for meter in meters if meter.kind == "parallel"])
+        changed, self._changed = self._changed, set()
+        self._told |= changed
+        counts = self._open.counts
+        told = [(key, counts.get(key, 0)) for key in changed]
+        try:
+            answer = await self._send(call, call.reservations, told)
+        except BaseException:
+            self._changed |= changed
+            raise
+        self._told.difference_update([key for key, count in told if count == 0])
+        return answer
+
+    async def _send(
+        self, call: _Call, reservations: Sequence[_Reservation], open_answers: Sequence[tuple[str, int]]
+    ) -> list[int]:
+        keys = _Keys(f"call:{self._replica}", "heard")
+        argument = _ENCODER.encode(
+            (
+                self._replica,
+                call.number,
+                self._clock.wall(),
+                [(keys.place(key), count) for key, count in open_answers],
+                [(keys.place(key), at, delta) for (key, at), delta in call.corrections.items() if delta],
+                [
+                    (
+                        int(now),
+                        [_terms(meter, keys.place(meter.key), now) for meter in meters],
+                    )
+                    for meters, now, _ in reservations
+                ],
+            )
+        )
+        return _ANSWER.decode(await self._connection.run_script("limits", _SCRIPT, keys.names, argument))
+
+    def _finish(self, call: _Call, answer: Sequence[int] | None) -> None:
+        """Give each caller its verdict, and back what was taken for those who no longer wait."""
+        if call.give_up is not None:
+            call.give_up.cancel()
+        if answer is None:
+            return
+        numbers = iter(answer)
+        for meters, now, future in call.reservations:
+            verdict = _verdict(meters, now, numbers)
+            if isinstance(verdict, Granted):
+                for meter in meters:
+                    if meter.kind == "parallel":
+                        self._open.add(meter.key, meter.amount)
+                        self._told.add(meter.key)
+            if future.done():
+                self._give_back(meters, verdict)
+            else:
+                future.set_result(verdict)
+
+    def _fail_waiting(self) -> None:
+        if self._unanswered is not None:
+            self._unanswered.fail()
+        for call in self._waiting:
+            call.fail()
+        self._waiting.clear()
+
+
+def _verdict(meters: Sequence[Meter], now: float, numbers: Iterator[int]) -> Verdict:
+    """Read one reservation's part of an answer."""
+    if refused := next(numbers):
+        wait = next(numbers)
+        return Refused(refused - 1, retry_after(meters[refused - 1], now, float(wait) if wait >= 0 else None))
+    remaining: list[int] = []
+    reset_s: list[float] = []
+    at: list[int] = []
+    for meter in meters:
+        remaining.append(max(0, meter.limit - next(numbers)))
+        at.append(next(numbers))
+        reset_s.append(reset_after(meter, now, at[-1]))
+    return Granted(tuple(remaining), tuple(reset_s), tuple(at), is_local=False)
+
+
+class _Keys:
+    """The keys of a call, each once; the script names them by their place, counted from 1."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = [f"{_PREFIX}{name}".encode() for name in names]
+        self._places: dict[str, int] = {}
+
+    def place(self, key: str) -> int:
+        """Return the place of a count's key."""
+        place = self._places.get(key)
+        if place is None:
+            self.names.append(f"{_PREFIX}count:{key}".encode(errors="surrogatepass"))
+            place = self._places[key] = len(self.names)
+        return place
+
+
+def _terms(meter: Meter, place: int, now: float) -> tuple[int, ...]:
+    """Return what the script is told of a meter. No number is larger than it can hold: callers choose their amounts."""
+    limit = min(meter.limit, _LARGEST)
+    return place, _KINDS[meter.kind], limit, min(meter.amount, limit + 1), min(meter.seed, _LARGEST), _ttl(meter, now)
+
+
+def _ttl(meter: Meter, now: float) -> int:
+    """Return for how many seconds Redis keeps a period's count."""
+    return math.ceil(max(0.0, meter.ends_at - now)) + _KEPT_AFTER_END_S if meter.ends_at else _TTL_WITHOUT_END_S
+
+
+def _unavailable() -> LimitsUnavailable:
+    return LimitsUnavailable("the counts of limits cannot be reached now; try again in a moment", retry_after=1.0)

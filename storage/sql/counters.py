@@ -1,0 +1,16 @@
+"""Numbers that tell, in one small read, whether anything of a kind has changed."""
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from storage.sql.tables import meta
+
+
+async def counter(connection: AsyncConnection, name: str) -> int:
+    """Return a counter's value; 0 if nobody has made it."""
+    return int(await connection.scalar(select(meta.c.number).where(meta.c.name == name)) or 0)
+
+
+async def bump(connection: AsyncConnection, name: str) -> None:
+    """Count a change. Others that count the same wait until the transaction ends: changes of a kind come one by one."""
+    await connection.execute(update(meta).where(meta.c.name == name).values(number=meta.c.number + 1))

@@ -1,0 +1,176 @@
+"""Whose slot is whose: what one tenant leaves in a slot serves no other."""
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.ids import TenantId
+from engines.drivers.llamacpp_slots import Seat, SlotBook, num_shared
+
+A, B = TenantId("a"), TenantId("b")
+LONG = b"a prompt that is long enough to be recognised"
+
+
+def take(book: SlotBook, tenant: TenantId, prompt: bytes = LONG) -> Seat:
+    """Take a seat that is there at once."""
+    seat = book.take(tenant, prompt)
+    assert seat is not None
+    return seat
+
+
+def run(book: SlotBook, tenant: TenantId, prompt: bytes = LONG) -> Seat:
+    """Take a seat and leave it, as a request does that ends."""
+    seat = take(book, tenant, prompt)
+    book.leave(seat, has_ended=True)
+    return seat
+
+
+def test_a_tenant_comes_back_to_its_own_slot_and_its_cache() -> None:
+    book = SlotBook(2)
+    first, other, again = run(book, A), run(book, B), run(book, A)
+    assert (first.is_cached, other.is_cached, again.is_cached) == (False, False, True)
+    assert first.slot == again.slot != other.slot
+
+
+def test_a_slot_that_changes_hands_is_used_without_its_cache() -> None:
+    book = SlotBook(1)
+    assert [run(book, tenant).is_cached for tenant in (A, A, B, B, A)] == [False, True, False, True, False]
+
+
+def test_the_slot_with_the_most_alike_prompt_is_preferred() -> None:
+    book = SlotBook(3)
+    one, two = take(book, A, b"x" * 50), take(book, A, b"y" * 50)
+    for seat in (one, two):
+        book.leave(seat, has_ended=True)
+    assert run(book, A, b"x" * 50 + b"more").slot == one.slot
+    assert run(book, A, b"y" * 50 + b"more").slot == two.slot
+    assert run(book, A, b"z" * 50).slot not in {one.slot, two.slot}
+
+
+def test_with_no_slots_known_nothing_is_placed_or_cached() -> None:
+    book = SlotBook()
+    assert [(seat.slot, seat.is_cached) for seat in (run(book, A), run(book, A))] == [(None, False)] * 2
+
+
+def test_requests_of_two_tenants_that_wait_for_one_slot_leave_it_to_nobody() -> None:
+    book = SlotBook(1)
+    seats = [take(book, A), take(book, B)]
+    for seat in seats:
+        book.leave(seat, has_ended=True)
+    assert [run(book, B).is_cached, run(book, B).is_cached] == [False, True]
+
+
+async def test_nobody_queues_behind_a_request_that_is_about_to_use_its_cache() -> None:
+    book = SlotBook(1)
+    run(book, A)
+    seat = take(book, A)
+    queued = asyncio.create_task(book.seat(B, LONG))
+    await asyncio.sleep(0)
+    assert not queued.done()
+
+    book.entered(seat)
+    assert not (await queued).is_cached
+
+
+def test_a_slot_whose_request_was_cut_is_avoided_until_the_engine_has_let_go() -> None:
+    book = SlotBook(2)
+    cut = take(book, A)
+    book.leave(cut, has_ended=False)
+    assert run(book, A).slot != cut.slot
+
+    book.observe([cut.slot or 0])
+    assert run(book, A, b"another" * 9).slot == 1 - (cut.slot or 0)
+
+    book.observe([])
+    assert run(book, A, b"yet another" * 9).slot == cut.slot
+
+
+async def test_a_scattered_request_leaves_every_slot_to_nobody() -> None:
+    book = SlotBook(2)
+    run(book, A)
+    async with book.scattered():
+        assert not run(book, A).is_cached
+    assert [run(book, A).is_cached, run(book, A).is_cached] == [False, True]
+
+
+async def test_a_scattered_request_waits_for_those_that_are_about_to_use_a_cache() -> None:
+    book = SlotBook(2)
+    run(book, A)
+    seat = take(book, A)
+    assert seat.is_cached
+    entered = asyncio.Event()
+
+    async def scatter() -> None:
+        async with book.scattered():
+            entered.set()
+
+    task = asyncio.create_task(scatter())
+    await asyncio.sleep(0)
+    assert not entered.is_set()
+    assert not take(book, B).is_cached
+
+    book.entered(seat)
+    await task
+    assert entered.is_set()
+
+
+async def test_a_scattered_request_that_was_cut_keeps_caches_off_until_the_engine_has_let_go() -> None:
+    book = SlotBook(2)
+    with pytest.raises(RuntimeError):
+        async with book.scattered():
+            raise RuntimeError("the client has gone")
+    book.observe([1])
+    assert [run(book, A).is_cached, run(book, A).is_cached] == [False, False]
+
+    book.observe([])
+    assert [run(book, A).is_cached, run(book, A).is_cached] == [False, True]
+
+
+@given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=40))
+def test_the_shared_beginning_is_counted_to_the_byte(head: bytes, one: bytes, other: bytes) -> None:
+    expected = 0
+    for left, right in zip(head + one, head + other, strict=False):
+        if left != right:
+            break
+        expected += 1
+    assert num_shared(head + one, head + other) == expected
+
+
+class Engine:
+    """What llama.cpp does with slots: each runs its requests in their order, and keeps the last one's tenant."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.held: list[TenantId | None] = [None] * num_slots
+
+    def run(self, tenant: TenantId, seat: Seat) -> None:
+        assert seat.slot is not None
+        if seat.is_cached:
+            assert self.held[seat.slot] == tenant, "one tenant was served from another's cache"
+        self.held[seat.slot] = tenant
+
+
+@given(
+    num_slots=st.integers(1, 2),
+    steps=st.lists(
+        st.tuples(st.sampled_from("ab"), st.sampled_from(["take", "take", "end", "cut"]), st.integers(0, 3)),
+        max_size=12,
+    ),
+)
+@settings(max_examples=400, deadline=None)
+def test_no_tenant_is_ever_served_from_anothers_cache(num_slots: int, steps: list[tuple[str, str, int]]) -> None:
+    """Requests overlap, are cut, and those that share a busy slot reach the engine in any order."""
+    book, engine = SlotBook(num_slots), Engine(num_slots)
+    waiting: list[tuple[TenantId, Seat]] = []
+    for name, act, which in steps:
+        if act == "take":
+            seat = book.take(TenantId(name), name.encode() * 20)
+            if seat is not None:
+                waiting.append((TenantId(name), seat))
+        elif waiting:
+            tenant, seat = waiting.pop(which % len(waiting))
+            engine.run(tenant, seat)
+            book.leave(seat, has_ended=act == "end")
+            if act == "cut":
+                book.observe([])
