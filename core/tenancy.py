@@ -58,7 +58,8 @@ class Price(msgspec.Struct, frozen=True):
         """Return the price of what was used; the cached part of the prompt has a price of its own, if one is set."""
         cached = min(usage.cached_tokens, usage.prompt_tokens)
         cached_price = self.input if self.cached_input is None else self.cached_input
-        return (usage.prompt_tokens - cached) * self.input + cached * cached_price + usage.completion_tokens * self.output
+        prompt = (usage.prompt_tokens - cached) * self.input + cached * cached_price
+        return prompt + usage.completion_tokens * self.output
 
 
 class Tenant(msgspec.Struct, frozen=True):
@@ -83,8 +84,8 @@ class Tenant(msgspec.Struct, frozen=True):
 
 
 class Key(msgspec.Struct, frozen=True):
-    """A secret that stands for a tenant, or, with a ``role``, for an operator. ``digest``: its SHA-256; ``prefix``: what
-    is shown of it. Times are Unix seconds."""
+    """A secret that stands for a tenant, or, with a ``role``, for an operator. ``digest``: its SHA-256; ``prefix``:
+    what is shown of it. Times are Unix seconds."""
 
     id: str
     name: str

@@ -59,6 +59,7 @@ class Live:
         self._watched = watched
         self._overlays: Mapping[str, Overlay] = MappingProxyType({})
         self._subscribers: list[Callable[[], None]] = []
+        self._on_refused: list[Callable[[], None]] = []
         self._preparations: list[Prepare] = []
         self._changing = asyncio.Lock()
         self._tasks = Tasks()
@@ -97,6 +98,10 @@ class Live:
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call back after every change, in the event loop; the callback reads what it wants, and must not raise."""
         self._subscribers.append(callback)
+
+    def on_refused(self, callback: Callable[[], None]) -> None:
+        """Call back after every attempt at a change that came to nothing."""
+        self._on_refused.append(callback)
 
     def before_change(self, prepare: Prepare) -> None:
         """Have a say in every change: see ``Prepare``."""
@@ -184,6 +189,8 @@ class Live:
             applied = await change
         except SettingsError as error:
             self.last_error = str(error)
+            for callback in self._on_refused:
+                callback()
             raise
         self.last_error = None
         return applied

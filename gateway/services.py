@@ -183,6 +183,8 @@ async def open_services(
 
         live.before_change(lambda wanted: prepare(wanted, localize, supervisor))
         live.on_change(follow)
+        live.on_change(lambda: metrics.count_reload(is_applied=True))
+        live.on_refused(lambda: metrics.count_reload(is_applied=False))
         overlays = await stack.enter_async_context(
             Overlays(store.revisions, live, clock, is_ready=lambda: upkeep.is_ready)
         )

@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from core.chat import Class
@@ -70,6 +79,17 @@ class BudgetSettings(_Section):
         return self
 
 
+def _distinct(budgets: tuple[BudgetSettings, ...]) -> tuple[BudgetSettings, ...]:
+    """Two budgets of one unit and period would be one count, taken twice."""
+    kinds = [(budget.tokens is None, budget.per) for budget in budgets]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError("two budgets have the same unit and period: keep the smaller one")
+    return budgets
+
+
+Budgets = Annotated[tuple[BudgetSettings, ...], AfterValidator(_distinct)]
+
+
 class CeilingSettings(_Section):
     """The largest request that is taken; see ``core.tenancy.Ceilings``."""
 
@@ -87,7 +107,7 @@ class EndUserSettings(_Section):
     """Limits of each end user that a tenant names in its requests (``safety_identifier``, ``user``)."""
 
     limits: RateSettings = RateSettings()
-    budgets: tuple[BudgetSettings, ...] = ()
+    budgets: Budgets = ()
 
 
 class TenantSettings(_Section):
@@ -97,7 +117,7 @@ class TenantSettings(_Section):
     models: tuple[str, ...] = ("*",)
     endpoints: tuple[str, ...] = ("*",)
     limits: Annotated[RateSettings | None, OVERRIDABLE] = None
-    budgets: Annotated[tuple[BudgetSettings, ...], OVERRIDABLE] = ()
+    budgets: Annotated[Budgets, OVERRIDABLE] = ()
     end_users: Annotated[EndUserSettings, OVERRIDABLE] = EndUserSettings()
     ceilings: CeilingSettings | None = None
     max_class: Class = "interactive"
@@ -115,7 +135,7 @@ class KeySettings(_Section):
     models: tuple[str, ...] = ("*",)
     endpoints: tuple[str, ...] = ("*",)
     limits: RateSettings = RateSettings()
-    budgets: tuple[BudgetSettings, ...] = ()
+    budgets: Budgets = ()
     max_class: Class = "interactive"
     expires_at: AwareDatetime | None = None
 

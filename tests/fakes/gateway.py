@@ -150,6 +150,14 @@ class GatewayProcess:
                 await asyncio.sleep(0.05)
         raise GatewayFailedError(f"not ready after {self._start_timeout_s} s, last answer {answer}\n{self.log}")
 
+    async def admin(self, method: str, path: str, body: Any = None, *, status: int = 200) -> Any:
+        """Ask the admin port as its admin and return the answer's JSON, which has to have this status."""
+        headers = {"authorization": f"Bearer {self.admin_key}"}
+        async with httpx.AsyncClient(trust_env=False, timeout=10.0, headers=headers) as http:
+            answer = await http.request(method, self.admin_url + path, json=body)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
     def terminate(self) -> None:
         """SIGTERM: drain and stop."""
         self._running.terminate()

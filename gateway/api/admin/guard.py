@@ -10,7 +10,7 @@ from fastapi import Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from core.errors import Conflict, DatabaseUnavailable, ForebayError, InvalidJson, PermissionDenied
+from core.errors import Conflict, DatabaseUnavailable, ForebayError, InvalidJson, InvalidKey, PermissionDenied
 from core.records import AuditEntry
 from gateway.api.admin.access import ACCESS, CHANGES_NOTHING
 from gateway.api.common import Message, read_body
@@ -23,6 +23,8 @@ from storage.sql.database import StorageUnavailable
 MAX_BODY = 2**20
 
 _log = structlog.get_logger(__name__)
+
+_ADVICE = " (here an operator's: that of this machine lies in `admin.key` of the state folder)"
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -71,7 +73,7 @@ def guarded(services: Services) -> type[APIRoute]:
                 is_change = request.method not in {"GET", "HEAD"}
                 status = 500
                 try:
-                    _admit(act, request)
+                    _admit(act, request, services)
                     whole = await _with_body(request) if is_change else request
                     response = await _answered(handler, whole)
                     status = response.status_code
@@ -88,16 +90,6 @@ def guarded(services: Services) -> type[APIRoute]:
                         await _record(act, status, request)
 
             return guard
-
-    def _admit(act: Act, request: Request) -> None:
-        headers = dict(request.scope["headers"])
-        act.operator = services.directory.keyring.operator(headers, services.clock.wall())
-        act.is_known = True
-        needed = ACCESS[act.action]
-        if not covers(act.operator.role, needed):
-            raise PermissionDenied(
-                f"this needs the role {needed!r}, and the key {act.operator.name!r} has the role {act.operator.role!r}"
-            )
 
     unknown = _Bucket()
 
@@ -122,6 +114,21 @@ def guarded(services: Services) -> type[APIRoute]:
             _log.warning("audit_not_stored", id=entry.id, error=str(error))
 
     return Guarded
+
+
+def _admit(act: Act, request: Request, services: Services) -> None:
+    """Find out who calls; raise unless the role covers what is asked."""
+    headers = dict(request.scope["headers"])
+    try:
+        act.operator = services.directory.keyring.operator(headers, services.clock.wall())
+    except InvalidKey as error:
+        raise InvalidKey(f"{error.message}{_ADVICE}", code=error.specific_code) from error
+    act.is_known = True
+    needed = ACCESS[act.action]
+    if not covers(act.operator.role, needed):
+        raise PermissionDenied(
+            f"this needs the role {needed!r}, and the key {act.operator.name!r} has the role {act.operator.role!r}"
+        )
 
 
 class _Bucket:

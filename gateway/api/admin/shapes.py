@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
 from core.chat import Class, Endpoint
 from core.tenancy import PICO_PER_USD, Budget, Ceilings, Key, Period, Rate, Role, Tenant
@@ -65,7 +65,14 @@ class BudgetShape(Shape):
         return self
 
 
-Budgets = Annotated[list[BudgetShape], Field(max_length=8)]
+def _distinct(budgets: list[BudgetShape]) -> list[BudgetShape]:
+    """Two budgets of one unit and period would be one count, taken twice."""
+    if len({(budget.tokens is None, budget.per) for budget in budgets}) < len(budgets):
+        raise ValueError("two budgets have the same unit and period: keep the smaller one")
+    return budgets
+
+
+Budgets = Annotated[list[BudgetShape], Field(max_length=8), AfterValidator(_distinct)]
 
 
 class CeilingsShape(Shape):

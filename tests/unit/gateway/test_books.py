@@ -30,15 +30,18 @@ class FakeLedger:
         self.is_away = False
         self.loses_answers = False
         self.hangs = False
-        self.hangs_after: int | None = None
+        self.crashes_at: int | None = None
+        self.crashes_after_commit = False
 
     async def book(self, batch: Batch) -> None:
         if self.hangs:
             await asyncio.Event().wait()
         if self.is_away:
             raise OSError("away")
-        self.batches.setdefault(batch.id, batch)
-        if self.hangs_after is not None and len(self.batches) > self.hangs_after:
+        is_last = len(self.batches) == self.crashes_at
+        if not is_last or self.crashes_after_commit:
+            self.batches.setdefault(batch.id, batch)
+        if is_last:
             raise asyncio.CancelledError
         if self.loses_answers:
             raise OSError("the connection broke after the commit")
@@ -178,7 +181,10 @@ async def test_what_a_database_that_hangs_has_not_confirmed_survives_a_crash(
     assert not (tmp_path / "ledger.pending").exists()
 
 
-async def test_a_crash_between_two_batches_after_an_outage_loses_and_doubles_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_booked", [True, False])
+async def test_a_crash_in_the_second_batch_after_an_outage_loses_and_doubles_nothing(
+    tmp_path: Path, is_booked: bool
+) -> None:
     ledger = FakeLedger()
     home = books(ledger, tmp_path)
     ledger.is_away = True
@@ -187,12 +193,12 @@ async def test_a_crash_between_two_batches_after_an_outage_loses_and_doubles_not
     home.add(record(1))
     await home.flush()
 
-    ledger.is_away, ledger.hangs_after = False, 1  # the first batch is booked, and nobody hears of the second
+    ledger.is_away, ledger.crashes_at, ledger.crashes_after_commit = False, 1, is_booked
     with contextlib.suppress(asyncio.CancelledError):
         await home.flush()
     del home
 
-    ledger.hangs_after = None
+    ledger.crashes_at = None
     async with books(ledger, tmp_path):
         pass
     assert (ledger.requests, ledger.cost) == (2, 14)
