@@ -39,7 +39,7 @@ class Ceilings(msgspec.Struct, frozen=True, omit_defaults=True):
 
     body: int = 32 * 2**20
     depth: int = 64
-    prompt_tokens: int = 4_000_000
+    prompt_tokens: int = 16_000_000
     choices: int = 16
     top_logprobs: int = 20
     schema: int = 64 * 2**10

@@ -207,6 +207,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever watches, then do what uvicorn does."""
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn forgets it after a reset: the timer would hold all of this
         self._tell()
 
     def on_message_begin(self) -> None:

@@ -23,6 +23,7 @@ class Arm:
     ready: str = "/health"
     env: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    afterwork_s: float = 0.0  # for how long after its last answer it may still put off work for it
     key_prefix: str = ""  # not empty: the gateway checks keys, and has to refuse a request without one
     requirements: tuple[str, ...] = ()  # its own environment; empty: the project's
     packages: tuple[str, ...] = ()  # whose versions the report names

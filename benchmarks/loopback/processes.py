@@ -55,6 +55,7 @@ class Target:
     headers: Mapping[str, str]
     pid: int | None = None
     start_s: float = 0.0
+    afterwork_s: float = 0.0
 
     def tree(self) -> list[psutil.Process]:
         """The gateway's process and all that descend from it."""
@@ -166,7 +167,7 @@ def gateway(arm: Arm, engine: Upstream, cores: Cores, *, profile: Path | None = 
         except Failed as error:
             raise Failed(f"{error}; end of {tmp / 'log'}: {(tmp / 'log').read_text()[-400:]!r}") from error
         headers = {"Authorization": f"Bearer {key}"} if arm.key_prefix else {}
-        yield Target(port, tmp, headers, process.pid, time.monotonic() - began)
+        yield Target(port, tmp, headers, process.pid, time.monotonic() - began, arm.afterwork_s)
 
 
 def _filled(text: str, words: Mapping[str, object]) -> str:

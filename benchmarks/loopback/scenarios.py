@@ -83,7 +83,8 @@ class Bench:
         return seen, Cost(cpu, use, reached, after["events"] - counts["events"])
 
     def _settle(self) -> None:
-        """Waits until the gateway rests, at most `SETTLE_S`."""
+        """Waits until the gateway rests: at most `SETTLE_S`, and no less than it may put work off."""
+        time.sleep(self._target.afterwork_s)
         end = time.monotonic() + SETTLE_S
         while self._target.pid and time.monotonic() < end:
             cpu = self._target.cpu_s()

@@ -103,6 +103,11 @@ def body(number: int, *, stream: bool) -> bytes:
 
 def drive(target: Target, load: Load, cores: Cores) -> Seen:
     """Puts `load` on `target` and returns what came of it; everything sent is awaited."""
+    return finish(begin(target, load, cores), load)
+
+
+def begin(target: Target, load: Load, cores: Cores) -> subprocess.Popen[bytes]:
+    """Starts to put `load` on `target`."""
     head, bodies = target.tmp / "head", target.tmp / ("streams" if load.stream else "answers")
     headers = {"Host": f"127.0.0.1:{target.port}", "Content-Type": "application/json", **target.headers}
     lines = [f"POST {PATH} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
@@ -112,15 +117,20 @@ def drive(target: Target, load: Load, cores: Cores) -> Seen:
     gap_us = 1e6 / load.rate if load.rate else 0
     numbers = (load.connections, load.warm * 1e3, load.seconds * 1e3, gap_us, load.stagger_ms * 1e3)
     command = [str(tool("load")), str(target.port), str(head), str(bodies), *(f"{n:.0f}" for n in numbers)]
-    done = subprocess.run(
+    return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
-        preexec_fn=lambda: os.sched_setaffinity(0, {cores.load}),
-        check=False,
+        # Safe here: this program has one thread.
+        preexec_fn=lambda: os.sched_setaffinity(0, {cores.load}),  # noqa: PLW1509
     )
-    if done.returncode:
-        raise Failed(f"load generator ended {done.returncode}")
-    records = [Record(*fields) for fields in RECORD.iter_unpack(done.stdout)]
+
+
+def finish(generator: subprocess.Popen[bytes], load: Load) -> Seen:
+    """Awaits everything that was sent of `load` and returns what came of it."""
+    output, _ = generator.communicate()
+    if generator.returncode:
+        raise Failed(f"load generator ended {generator.returncode}")
+    records = [Record(*fields) for fields in RECORD.iter_unpack(output)]
     good = [r for r in records if r.status == 200 and (r.finished or not load.stream)]
     return Seen(good, len(records))
 

@@ -4,15 +4,23 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
+from gateway.cli.audit import audit
+from gateway.cli.budgets import budgets
 from gateway.cli.config import check, config, init
 from gateway.cli.db import db
 from gateway.cli.demo import demo
 from gateway.cli.doctor import doctor
 from gateway.cli.fetch import fetch
 from gateway.cli.keys import keys
+from gateway.cli.models import models
+from gateway.cli.policies import policies
+from gateway.cli.requests import requests
 from gateway.cli.run import run
 from gateway.cli.serve import serve
+from gateway.cli.tenants import tenants
 from gateway.cli.top import top
+from gateway.cli.usage import usage
+from gateway.cli.why import why
 from gateway.cli.workers import workers
 
 _EPILOG = "Start with `forebay run`. Each command has its own --help with an example."
@@ -37,5 +45,8 @@ def show_version() -> None:
         click.echo("forebay (run from its source folder, not installed)")
 
 
-for command in (run, serve, init, check, config, doctor, fetch, keys, workers, top, db, demo, show_version):
+_LOCAL = (run, serve, init, check, config, doctor, fetch, db, demo, show_version)
+_OF_A_RUNNING_GATEWAY = (workers, models, top, why, requests, usage, budgets, tenants, keys, policies, audit)
+
+for command in (*_LOCAL, *_OF_A_RUNNING_GATEWAY):
     main.add_command(command)

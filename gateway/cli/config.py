@@ -10,6 +10,7 @@ from gateway import revisions
 from gateway.auth import new_admin_key, new_key
 from gateway.cli.common import ADMIN_KEY, LOCAL_KEY, Fault, SettingsFault, kept_key, table
 from gateway.cli.common import state_dir as default_state_dir
+from gateway.cli.live_config import LIVE
 from gateway.cli.machine import default_threads, num_cores
 from gateway.settings import Declared, Settings, SettingsError, environment, read
 
@@ -174,3 +175,7 @@ def schema() -> None:
       forebay config schema > forebay.schema.json
     """
     click.echo(json.dumps(Settings.model_json_schema(), indent=2))
+
+
+for verb in LIVE:
+    config.add_command(verb)

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gateway.cli.admin import Admin
 from gateway.cli.common import ADMIN_PORT, Fault
-from gateway.cli.workers import Admin
 
 _STATE_STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow", "failed": "red", "stopped": "dim"}
 _SERVER_ERROR = 500

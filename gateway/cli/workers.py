@@ -8,64 +8,12 @@ from urllib.parse import quote
 
 import click
 
-from gateway.cli.common import ADMIN_KEY, ADMIN_PORT, Fault, state_dir, table
-from gateway.cli.http import Answer, Unreachable, ask
-from gateway.settings import environment
+from gateway.cli.admin import Admin
+from gateway.cli.admin import admin_key_file as _admin_key_file
+from gateway.cli.admin import admin_url as _admin_url
+from gateway.cli.admin import as_json as _as_json
+from gateway.cli.common import Fault, table
 
-_DRAIN_TIMEOUT_S = 900.0  # a drain answers when it is done; the gateway bounds it
-
-
-class Admin:
-    """The admin API of one gateway. Every failure becomes a ``Fault`` that says what to do."""
-
-    def __init__(self, url: str, key_file: Path | None) -> None:
-        self._url = url.rstrip("/")
-        self._key_file = key_file or state_dir(environment()) / ADMIN_KEY
-
-    def get(self, path: str) -> Answer:
-        """Return the answer to a GET."""
-        return self._ask("GET", path, timeout_s=10.0)
-
-    def post(self, path: str) -> Answer:
-        """Return the answer to a POST."""
-        return self._ask("POST", path, timeout_s=_DRAIN_TIMEOUT_S)
-
-    def _ask(self, method: str, path: str, *, timeout_s: float) -> Answer:
-        try:
-            answer = ask(method, self._url + path, self._key(), timeout_s=timeout_s)
-        except Unreachable as error:
-            raise Fault(
-                f"no gateway answers at {self._url} ({error}). Is it running? "
-                "Start it with `forebay run`, or give its address with --admin-url."
-            ) from error
-        if answer.status in {401, 403}:
-            raise Fault(
-                f"the gateway at {self._url} refuses the key in {self._key_file} ({answer.error_message()}). "
-                "Give the file with the right one by --admin-key-file."
-            )
-        if answer.status >= 400:
-            raise Fault(f"{answer.error_message()} (status {answer.status})")
-        return answer
-
-    def _key(self) -> str:
-        try:
-            return self._key_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise Fault(
-                f"cannot read the admin key in {self._key_file}: {error.strerror}. Run this in the folder that "
-                "`forebay run` was started in, or give --admin-key-file."
-            ) from error
-
-
-_admin_url = click.option(
-    "--admin-url", default=f"http://127.0.0.1:{ADMIN_PORT}", show_default=True, help="The gateway's admin address."
-)
-_admin_key_file = click.option(
-    "--admin-key-file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="A file with the admin key.  [default: admin.key in the state folder]",
-)
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _worker = click.argument("worker_id", metavar="ID")
 
 

@@ -95,7 +95,7 @@ class CeilingSettings(_Section):
 
     body: Bytes = 32 * 2**20
     depth: int = Field(default=64, ge=8, le=512)
-    prompt_tokens: Count = 4_000_000
+    prompt_tokens: Count = 16_000_000
     choices: int = Field(default=16, ge=1, le=128)
     top_logprobs: int = Field(default=20, ge=0, le=100)
     schema_size: Bytes = 64 * 2**10

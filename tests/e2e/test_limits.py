@@ -227,7 +227,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"forebay": {"cache": {"mode": "exact"}}}, "unsupported_parameter", "forebay.cache"),
     (CHAT, {"forebay": {"objective": "latency"}}, "unsupported_parameter", "forebay.objective"),
     (CHAT, {"forebay": {"deadline_ms": 5}}, "unsupported_parameter", "forebay.deadline_ms"),
-    (CHAT, {"forebay": {"class": "batch"}}, "unsupported_parameter", "forebay.class"),
+    (CHAT, {"forebay": {"class": "urgent"}}, "invalid_request", "forebay.class"),
     (CHAT, {"forebay": {"route": {}}}, "unsupported_parameter", "forebay.route"),
     (CHAT, {"forebay": {"examples": True}}, "unsupported_parameter", "forebay.examples"),
     (CHAT, {"forebay": {"kv": {}}}, "unsupported_parameter", "forebay.kv"),

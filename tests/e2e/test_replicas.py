@@ -19,7 +19,7 @@ from tests.fakes.redis import RedisServer
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SLOW = "take your time"
-SLOW_MS = 2500  # long enough for all of a burst to have asked before the first of them ends
+SLOW_MS = 2000  # long enough for all of a burst to have asked before the first of them ends
 RPM, PARALLEL, TPM, BUDGET = 40, 7, 1000, 1500
 KNOWN_WITHIN_S = 1.0
 MARGIN_S = 0.5  # for a machine that is busy with other things
@@ -34,6 +34,7 @@ KEYS: list[dict[str, Any]] = [
     {"name": "parallel", "limits": {"parallel": PARALLEL}},
     {"name": "tpm", "limits": {"tpm": TPM}},
     {"name": "budget", "budgets": [{"tokens": BUDGET, "per": "month"}]},
+    {"name": "ledger"},
 ]
 
 
@@ -104,26 +105,24 @@ async def test_open_answers_are_counted_together_and_given_back(patient: Cluster
 
 
 async def test_fifty_calls_at_once_do_not_pass_a_limit_on_tokens(patient: Cluster) -> None:
-    first, *others = await burst(patient, "tpm", 1, slow(max_tokens=100))
-    estimate = TPM - int(first.headers["x-ratelimit-remaining-tokens"])
-    used = first.json["usage"]["total_tokens"]
     answers = granted(await burst(patient, "tpm", 50, slow(max_tokens=100)))
-    assert not others
-    assert len(answers) == (TPM - used) // estimate
-    assert sum(answer.json["usage"]["total_tokens"] for answer in answers) + used <= TPM
+    estimate = TPM - max(int(answer.headers["x-ratelimit-remaining-tokens"]) for answer in answers)
+    assert len(answers) == TPM // estimate
+    assert sum(answer.json["usage"]["total_tokens"] for answer in answers) <= TPM
 
 
 async def test_a_budget_is_spent_once_by_all_of_them(cluster: Cluster) -> None:
-    used = 0
+    used = asked = 0
     for _ in range(40):
+        asked += 24
         answers = await burst(cluster, "budget", 24, chat(max_tokens=32))
         used += sum(answer.json["usage"]["total_tokens"] for answer in granted(answers))
         if all(answer.status == 429 for answer in answers):
             break
     assert {answer.json["error"]["code"] for answer in answers} == {"insufficient_quota"}
     assert BUDGET - 2 * 64 < used <= BUDGET
-    booked = await until_booked(cluster.url, 1, key="file:budget")
-    assert booked.input_tokens + booked.output_tokens <= BUDGET
+    booked = await until_booked(cluster.url, asked, key="file:budget")
+    assert (booked.requests, booked.input_tokens + booked.output_tokens) == (asked, used)
 
 
 async def test_a_key_made_or_revoked_in_one_is_known_in_all_within_a_second(cluster: Cluster) -> None:
@@ -155,12 +154,8 @@ async def test_a_key_made_or_revoked_in_one_is_known_in_all_within_a_second(clus
 
 
 async def test_what_all_of_them_served_is_in_one_ledger(cluster: Cluster) -> None:
-    before = await until_booked(cluster.url, 0, key="file:test")
-    load = Load(cluster.gateways, pause_s=0, requests=300)
-    async with load:
+    async with Load(cluster.gateways, [key_of("ledger")], pause_s=0, requests=300) as load:
         await load.done()
-    after = await until_booked(cluster.url, before.requests + load.asked, key="file:test")
+    used = await until_booked(cluster.url, load.asked, key="file:ledger")
     assert load.statuses == {200: load.asked}
-    assert after.requests - before.requests == load.asked
-    tokens = after.input_tokens + after.output_tokens - before.input_tokens - before.output_tokens
-    assert tokens == load.tokens
+    assert (used.requests, used.input_tokens + used.output_tokens) == (load.asked, load.tokens)

@@ -10,7 +10,7 @@ from gateway.api.admin.document import errors
 from gateway.api.admin.guard import guarded
 from gateway.api.admin.pages import After, Limit, Page, cursor_of, place_of
 from gateway.api.admin.requests import Moment, Text
-from gateway.api.admin.shapes import Shape, shown_time
+from gateway.api.admin.shapes import ONE_LINE, Shape, shown_time
 from gateway.services import Services
 
 
@@ -36,7 +36,7 @@ def audit_routes(services: Services) -> APIRouter:
         *,
         actor: Text = None,
         action: Text = None,
-        target: Annotated[str | None, Query(max_length=256)] = None,
+        target: Annotated[str | None, Query(max_length=256, pattern=ONE_LINE)] = None,
         since: Moment = None,
         until: Moment = None,
         limit: Limit = 50,

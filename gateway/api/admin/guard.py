@@ -68,8 +68,7 @@ def guarded(services: Services) -> type[APIRoute]:
             handler = super().get_route_handler()
 
             async def guard(request: Request) -> Response:
-                target = "/".join(str(value) for value in request.path_params.values())
-                act = request.state.act = Act(self.name, target[:256])
+                act = request.state.act = Act(self.name, _target_of(request))
                 is_change = request.method not in {"GET", "HEAD"}
                 status = 500
                 try:
@@ -116,6 +115,12 @@ def guarded(services: Services) -> type[APIRoute]:
     return Guarded
 
 
+def _target_of(request: Request) -> str:
+    """Return what the path names, without characters that not every database keeps."""
+    text = "/".join(str(value) for value in request.path_params.values())
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:256])
+
+
 def _admit(act: Act, request: Request, services: Services) -> None:
     """Find out who calls; raise unless the role covers what is asked."""
     headers = dict(request.scope["headers"])
@@ -132,7 +137,7 @@ def _admit(act: Act, request: Request, services: Services) -> None:
 
 
 class _Bucket:
-    """Room for the attempts of callers that nobody knows: 60 in a minute, lest they fill the database."""
+    """Room for what callers that nobody knows try on one resource: 60 in a minute, lest they fill the database."""
 
     _SIZE = 60.0
 

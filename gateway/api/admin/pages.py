@@ -13,6 +13,7 @@ from gateway.api.admin.shapes import Shape
 
 MAX_LIMIT = 200
 
+
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -39,11 +40,19 @@ def place_of(cursor: str | None, kind: type[Key]) -> Key | None:
         return None
     try:
         padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
-        return msgspec.json.decode(base64.b64decode(padded, altchars=b"-_", validate=True), type=kind)
+        place = msgspec.json.decode(base64.b64decode(padded, altchars=b"-_", validate=True), type=kind)
+        if not all(_can_be_asked(part) for part in (place if isinstance(place, list | tuple) else (place,))):
+            raise ValueError("no key of ours has this in it")
+        return place
     except (ValueError, binascii.Error) as error:  # msgspec's errors are ValueErrors
         raise InvalidRequest(
             "`after` is no cursor of this list: give `next` of the page before as it came", param="after"
         ) from error
+
+
+def _can_be_asked(part: object) -> bool:
+    """Whether every database takes the value in a query."""
+    return "\0" not in part if isinstance(part, str) else not isinstance(part, int) or abs(part) < 2**31
 
 
 def page_of(

@@ -7,11 +7,12 @@ from fastapi import APIRouter, Path, Query
 from pydantic import AwareDatetime
 
 from core.errors import UnknownId
-from core.records import CLIENT_LEFT, LegRecord, RequestRecord
+from core.records import LegRecord, RequestRecord
 from gateway.api.admin.document import errors
 from gateway.api.admin.guard import guarded
 from gateway.api.admin.pages import After, Limit, Page, cursor_of, place_of
 from gateway.api.admin.shapes import ONE_LINE, TENANT_ID, Shape, Spend, shown_time, shown_usd
+from gateway.api.admin.why import fell_back, paragraph
 from gateway.services import Services
 
 Id = Annotated[str, Path(min_length=1, max_length=128, pattern=ONE_LINE)]
@@ -133,7 +134,7 @@ def request_routes(services: Services) -> APIRouter:
         record = await _known(request_id, services)
         return DecisionShape(
             id=record.id,
-            summary=summary_of(record),
+            summary=paragraph(record),
             status=record.status,
             error=record.error,
             asked_model=record.asked_model or record.model,
@@ -148,58 +149,6 @@ def request_routes(services: Services) -> APIRouter:
         )
 
     return router
-
-
-def fell_back(record: RequestRecord) -> bool:
-    """Whether another model answered than the one that was asked."""
-    models = [leg.model for leg in record.legs]
-    return len(models) > 1 and models[-1] != models[0]
-
-
-def summary_of(record: RequestRecord) -> str:
-    """Return in a paragraph how a request was served: what was asked, waited for, tried, answered and spent."""
-    asked = f" for the model {record.asked_model or record.model!r}" if record.asked_model or record.model else ""
-    caller = f"The tenant {str(record.tenant)!r}" if record.tenant else "An unknown caller"
-    sentences = [f"{caller} called {record.endpoint}{asked}."]
-    if record.legs:
-        waited = f"waited {_duration(record.queue_s)} for a worker" if record.queue_s >= 0.001 else "had no wait"
-        first = record.legs[0]
-        sentences.append(f"It {waited} and began on {first.worker!r} after {_duration(first.at_s)}.")
-        sentences += (
-            f"That ended with {before.cause!r} after {_duration(before.duration_s)}, and it went on "
-            f"to {leg.worker!r} ({leg.model}) at {_duration(leg.at_s)}."
-            for before, leg in zip(record.legs, record.legs[1:], strict=False)
-        )
-    elif record.attempts == 0:
-        sentences.append("No worker was given it.")
-    if fell_back(record):
-        sentences.append(f"It was answered by a fallback, the model {record.model!r}.")
-    sentences += [_ending(record), _spending(record)]
-    return " ".join(sentences)
-
-
-def _ending(record: RequestRecord) -> str:
-    took = _duration(record.duration_s)
-    if record.status == CLIENT_LEFT:
-        return f"The client left after {took}."
-    if record.error is not None:
-        return f"It ended with status {record.status} and the error {record.error!r} after {took}."
-    first = f", its first byte after {_duration(record.first_byte_s)}" if record.first_byte_s is not None else ""
-    return f"It was answered with status {record.status} in {took}{first}."
-
-
-def _spending(record: RequestRecord) -> str:
-    if (usage := record.usage) is None:
-        return "Nothing was metered."
-    cached = f" ({usage.cached_tokens} of them cached by the engine)" if usage.cached_tokens else ""
-    return (
-        f"It used {usage.prompt_tokens} tokens of prompt{cached} and {usage.completion_tokens} of answer, "
-        f"{shown_usd(record.cost)} USD."
-    )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 async def _known(request_id: str, services: Services) -> RequestRecord:

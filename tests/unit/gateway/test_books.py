@@ -62,6 +62,16 @@ def books(ledger: FakeLedger, directory: Path, **more: Any) -> Books:
     )
 
 
+async def spooled(directory: Path, *, batches: int) -> None:
+    """Let the loop turn until so many batches are in the spool."""
+    path = directory / "ledger.pending"
+    for _ in range(10_000):
+        if path.exists() and path.read_bytes().count(b"\n") == batches:
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("they are not in the spool")
+
+
 async def test_requests_of_one_subject_become_one_line_and_a_record_each(tmp_path: Path) -> None:
     ledger = FakeLedger()
     home = books(ledger, tmp_path)
@@ -165,11 +175,9 @@ async def test_what_a_database_that_hangs_has_not_confirmed_survives_a_crash(
     home = books(ledger, tmp_path)
     home.add(record(0))
     flush = asyncio.create_task(home.flush())
-    while not (tmp_path / "ledger.pending").exists():
-        await asyncio.sleep(0)
+    await spooled(tmp_path, batches=1)
     home.add(record(1))
-    while (tmp_path / "ledger.pending").read_bytes().count(b"\n") < 2:
-        await asyncio.sleep(0)
+    await spooled(tmp_path, batches=2)
     flush.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await flush

@@ -262,7 +262,7 @@ class Models(Resource[RunnerT]):
     @operation
     def show(self, model: str) -> Ask[Model]:
         """Return one, by its name or an alias; raises ``NotFound``."""
-        return _get(Model, "/".join(path(part) for part in model.split("/")))  # names hold slashes
+        return _get(Model, path("models", *model.split("/")))  # names may hold slashes
 
 
 class Workers(Resource[RunnerT]):

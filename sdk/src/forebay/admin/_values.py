@@ -314,10 +314,10 @@ class AuditEntry(_Wire):
 
 
 class Version(_Wire):
-    """What runs, and which state of the settings it goes by."""
+    """What runs. ``config`` is equal for equal settings."""
 
     version: str
-    revision: str
+    config: str
 
 
 class Health(_Wire):

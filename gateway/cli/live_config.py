@@ -1,0 +1,88 @@
+"""The verbs of ``forebay config`` that ask a running gateway: overlays over its settings file, and reading it again."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gateway.cli.admin import Admin, as_json, asks, at, report
+from gateway.cli.overlays import changes_table, in_force, of_overlay, overlay_from, revision_text, revisions_table
+
+
+@click.command()
+@asks
+@as_json
+def revisions(admin: Admin, *, as_json: bool) -> None:
+    """List the overlays that were applied to the running gateway's settings, newest first.
+
+    \b
+    Example:
+      forebay config revisions
+    """
+    found = admin.items(at("config", "revisions"))
+    report(found, as_json=as_json, text=lambda: revisions_table(found))
+
+
+@click.command()
+@of_overlay
+@click.option("--note", default="", help="Why; kept with the revision.")
+@asks
+@as_json
+def apply(admin: Admin, file: Path | None, *, note: str, as_json: bool, **given: tuple[str, ...]) -> None:
+    """Lay values over the running gateway's settings file, on every gateway within a second.
+
+    Only what the settings mark as overridable; FILE (YAML; - is standard input) is a whole overlay, --set and --unset
+    change single values of the one in force.
+
+    \b
+    Example:
+      forebay config apply --set log.level=debug --note "looking for a fault"
+    """
+
+    def current() -> dict[str, Any]:
+        return in_force(admin, at("config", "revisions"))
+
+    overlay = overlay_from(file, given["assignments"], given["removals"], current)
+    made = admin.value(admin.post(at("config", "revisions"), {"overlay": overlay, "note": note}))
+    report(made, as_json=as_json, text=lambda: revision_text(made))
+
+
+@click.command()
+@click.argument("number", type=click.IntRange(min=1))
+@asks
+@as_json
+def rollback(admin: Admin, number: int, *, as_json: bool) -> None:
+    """Put what revision NUMBER held in force again, as a new revision.
+
+    \b
+    Example:
+      forebay config rollback 3
+    """
+    found = admin.value(admin.post(f"{at('config', 'revisions', str(number))}:rollback"))
+    report(found, as_json=as_json, text=lambda: revision_text(found["revision"]))
+
+
+@click.command()
+@asks
+@as_json
+def reload(admin: Admin, *, as_json: bool) -> None:
+    """Have the running gateway read its settings file again. If that cannot be used, all stays as it was.
+
+    \b
+    Example:
+      forebay check && forebay config reload
+    """
+    done = admin.value(admin.post(f"{at('config')}:reload"))
+    report(done, as_json=as_json, text=lambda: _told(done))
+
+
+def _told(done: dict[str, Any]) -> str:
+    parts = [changes_table(done["changes"])]
+    if done["needs_restart"]:
+        parts.append(f"These wait for the next start: {', '.join(done['needs_restart'])}")
+    parts += [f"Dropped from the overlay: {fault['path']}: {fault['message']}" for fault in done["dropped"]]
+    return "\n".join(parts)
+
+
+LIVE = (revisions, apply, rollback, reload)
+"""The verbs, to be joined to the group."""
