@@ -9,7 +9,7 @@ without limits and request log, is loaded in turn with it for a second or two, a
 until what was put off (booking, twice a second) is done. Each process of the scaling part has a core of its own; what
 this machine has too few cores for is not measured, and the report says so.
 
-    python -m benchmarks.operates             everything, about 8 minutes
+    python -m benchmarks.operates             everything, about 20 minutes
     python -m benchmarks.operates --quick     two rounds, within 4 minutes
 """
 
@@ -41,7 +41,7 @@ from tests.fakes.redis import RedisServer
 
 RESULTS = ROOT / "benchmarks" / "results"
 FULL = Plan(warm=2, turns=0, turn=0.5, closed=1.5, open=0, rate=50, streams=0, burst=0, pairs=5)
-QUICK = Plan(warm=1, turns=0, turn=0.3, closed=0.8, open=0, rate=50, streams=0, burst=0, pairs=3)
+QUICK = Plan(warm=1, turns=0, turn=0.3, closed=0.8, open=0, rate=50, streams=0, burst=0, pairs=2)
 FULL_ROUNDS, QUICK_ROUNDS = 5, 2
 AT_MOST = 1.3  # times the CPU per request without
 AT_LEAST = 0.8  # of linear

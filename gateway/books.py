@@ -118,6 +118,12 @@ class Books:
                 except OSError as error:
                     self._note_absence(error)
                     return
+                except Exception as error:  # noqa: BLE001 - a record that cannot be stored must not hold up the ledger
+                    _log.exception("batch_refused", num_records=len(batch.records))
+                    self._on_dropped(len(batch.records))
+                    self._pending = msgspec.structs.replace(batch, records=())
+                    self._note_absence(error)
+                    return
                 finally:
                     if self._spooling is not None:
                         self._spooling.cancel()
@@ -142,7 +148,7 @@ class Books:
             records=tuple(records),
         )
 
-    def _note_absence(self, error: OSError) -> None:
+    def _note_absence(self, error: Exception) -> None:
         if not self._is_away:
             _log.warning("database_away", error=str(error), booked="later")
         self._is_away = True

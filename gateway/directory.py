@@ -84,7 +84,10 @@ class Directory:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self.POLL_INTERVAL_S)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:  # noqa: BLE001 - what is known holds: nobody is cut off by a fault of ours
+                _log.exception("directory_refresh_failed")
 
     def _ring(self) -> Keyring:
         declared = self._declared()

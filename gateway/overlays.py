@@ -1,7 +1,7 @@
 """The verbs of revisions: what operators change at run time, kept in the database and followed by every replica."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -35,18 +35,14 @@ class Overlays:
     """Changes settings by revisions of a resource (``revisions.RESOURCES``); unknown ones raise ``KeyError``.
 
     An async context manager: inside it, the revisions in force are followed, also those that another replica makes,
-    within ``POLL_INTERVAL_S`` and a database's answer, from when ``is_ready`` says that the tables are there. While the
-    store is away, what is in force stays. Verbs that write raise ``OSError`` then, and whatever the store raises where
-    two operators act at the same time.
+    within ``POLL_INTERVAL_S`` and a database's answer. While the store is away, what is in force stays. Verbs that
+    write raise ``OSError`` then, and whatever the store raises where two operators act at the same time.
     """
 
     POLL_INTERVAL_S = 0.5
 
-    def __init__(
-        self, store: RevisionStore, live: Live, clock: Clock, *, is_ready: Callable[[], bool] = lambda: True
-    ) -> None:
+    def __init__(self, store: RevisionStore, live: Live, clock: Clock) -> None:
         self._store = store
-        self._is_ready = is_ready
         self._live = live
         self._clock = clock
         self._version: int | None = None
@@ -145,8 +141,6 @@ class Overlays:
 
     async def follow(self) -> None:
         """Take over what is in force in the store now. Raises ``OSError`` while it cannot be reached."""
-        if not self._is_ready():
-            raise OSError("the database has not been reached since the start")
         async with self._following:
             version = await self._store.version()
             now = self._clock.wall()
@@ -224,6 +218,9 @@ class Overlays:
             if not self._is_away:
                 _log.warning("revisions_away", error=str(error), in_force="what was known")
             self._is_away = True
+            return
+        except Exception:  # noqa: BLE001 - what is in force holds
+            _log.exception("revisions_failed")
             return
         self._is_away = False
 

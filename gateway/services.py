@@ -131,18 +131,16 @@ async def open_services(
         pool=settings.database.pool,
         timeout_s=settings.database.timeout,
     )
-    store = Store.of(database, clock)
     upkeep = Upkeep(
         database, clock, migrate=settings.database.migrate, retention_s=lambda: live.settings.request_log.retention
     )
-    guarded = upkeep.guarded
-    directory = Directory(
-        lambda: declared(live.settings, live.catalog), guarded(store.tenants.version), guarded(store.tenants.snapshot)
-    )
-    spending = Spending(guarded(store.ledger.sums), clock, lambda: directory.keyring.has_budgets)
+    prepared = database.once(lambda: upkeep.is_ready)
+    store = Store.of(prepared, clock)
+    directory = Directory(lambda: declared(live.settings, live.catalog), store.tenants.version, store.tenants.snapshot)
+    spending = Spending(store.ledger.sums, clock, lambda: directory.keyring.has_budgets)
     prices = _prices(settings)
     books = Books(
-        guarded(store.ledger.book),
+        store.ledger.book,
         settings.state_dir / "ledger.pending",
         sample=lambda: live.settings.request_log.sample if live.settings.request_log.enabled else 0.0,
         on_dropped=metrics.records_dropped.inc,
@@ -185,14 +183,12 @@ async def open_services(
         live.on_change(follow)
         live.on_change(lambda: metrics.count_reload(is_applied=True))
         live.on_refused(lambda: metrics.count_reload(is_applied=False))
-        overlays = await stack.enter_async_context(
-            Overlays(store.revisions, live, clock, is_ready=lambda: upkeep.is_ready)
-        )
+        overlays = await stack.enter_async_context(Overlays(store.revisions, live, clock))
         yield Services(
             live=live,
             overlays=overlays,
             clock=clock,
-            database=database,
+            database=prepared,
             store=store,
             directory=directory,
             spending=spending,

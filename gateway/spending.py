@@ -5,11 +5,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+import structlog
+
 from core.clock import Clock
 from core.records import Sum
 from core.tenancy import Period
 from engines.tasks import Tasks
 from routing.budgets import PERIODS, Spent, day_of, first_day
+
+_log = structlog.get_logger(__name__)
 
 SumsOf = Callable[[int, int], Awaitable[Sequence[Sum]]]
 
@@ -64,4 +68,7 @@ class Spending:
     async def _read_for_ever(self) -> None:
         while True:
             await asyncio.sleep(self.INTERVAL_S)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:  # noqa: BLE001 - what was known holds
+                _log.exception("spending_refresh_failed")

@@ -1,9 +1,9 @@
 """Keeps the database fit: brings its tables up to date at start, and forgets what has had its time."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Self
 
 import structlog
 
@@ -16,15 +16,13 @@ from storage.sql.requests import Requests
 
 _log = structlog.get_logger(__name__)
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 
 class Upkeep:
     """Looks after one database. An async context manager: inside it, the tables are right, or soon will be.
 
     A database that cannot be reached at start keeps nobody from starting: it is tried again every other second, and
-    until then all that needs it is as if it were away. ``retention_s`` returns how long request records are kept.
+    until then ``is_ready`` is False, and for all others it is as if it were away (``Database.once``). ``retention_s``
+    returns how long request records are kept.
     """
 
     RETRY_S = 2.0
@@ -38,16 +36,6 @@ class Upkeep:
         self._tasks = Tasks()
         self._task: asyncio.Task[None] | None = None
         self.is_ready = False
-
-    def guarded(self, work: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-        """Return ``work`` as something that raises ``StorageUnavailable`` as long as the tables are not right."""
-
-        async def guard(*args: P.args, **kwargs: P.kwargs) -> T:
-            if not self.is_ready:
-                raise StorageUnavailable("the database has not been reached since the start")
-            return await work(*args, **kwargs)
-
-        return guard
 
     async def __aenter__(self) -> Self:
         """Bring the tables up to date. Raises ``SettingsError`` for tables that this version cannot use."""
@@ -95,6 +83,8 @@ class Upkeep:
                 pruned = await requests.prune(now - self._retention_s(), now=now)
             except StorageUnavailable as error:
                 _log.warning("prune_failed", error=str(error))
+            except Exception:  # noqa: BLE001 - old records are a smaller evil than no gateway
+                _log.exception("prune_failed")
             else:
                 if pruned:
                     _log.info("records_pruned", num=pruned)

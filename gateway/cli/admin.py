@@ -178,12 +178,26 @@ def at(*parts: str) -> str:
 
 def report(value: object, *, as_json: bool, text: Callable[[], str]) -> None:
     """Print JSON, or the text."""
-    click.echo(json.dumps(value, indent=2) if as_json else text())
+    if as_json:
+        click.echo(json.dumps(value, indent=2))
+        return
+    try:
+        click.echo(text())
+    except KeyError as error:
+        raise Fault(
+            f"the gateway's answer has no {error}: it is of another version than this command. --json prints what it says."
+        ) from error
 
 
-def listed(heading: Sequence[str], rows: Sequence[Sequence[object]], *, none: str) -> str:
-    """Return rows as a table that is safe to print; ``none`` where there are none."""
-    return table([list(heading), *([cell(value) for value in row] for row in rows)]) if rows else none
+def listed(
+    heading: Sequence[str],
+    found: Sequence[dict[str, Any]],
+    row: Callable[[dict[str, Any]], Sequence[object]],
+    *,
+    none: str,
+) -> str:
+    """Return what a list holds as a table that is safe to print; ``none`` where it is empty."""
+    return table([list(heading), *([cell(value) for value in row(one)] for one in found)]) if found else none
 
 
 def fields(values: Mapping[str, object]) -> str:

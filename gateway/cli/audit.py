@@ -36,21 +36,21 @@ def list_audit(admin: Admin, *, most: int, as_json: bool, **filters: Any) -> Non
     """
     found = admin.items(at("audit"), most=most, **filters)
     heading = ["TIME (UTC)", "ACTOR", "ROLE", "ACTION", "TARGET", "OUTCOME", "DETAIL"]
-    rows = [
-        [
-            clock(one["time"]),
-            one["actor"] or "(unknown)",
-            one["role"],
-            one["action"],
-            one["target"],
-            one["outcome"],
-            _detail(one["detail"]),
-        ]
-        for one in found
-    ]
-    report(found, as_json=as_json, text=lambda: listed(heading, rows, none="no acts"))
+    report(found, as_json=as_json, text=lambda: listed(heading, found, _row, none="no acts"))
 
 
 def _detail(detail: dict[str, object]) -> str:
     said = {name: value for name, value in detail.items() if name != "request_id" and value != ""}
     return ", ".join(f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in said.items())
+
+
+def _row(one: dict[str, Any]) -> list[object]:
+    return [
+        clock(one["time"]),
+        one["actor"] or "(unknown)",
+        one["role"],
+        one["action"],
+        one["target"],
+        one["outcome"],
+        _detail(one["detail"]),
+    ]

@@ -1,5 +1,7 @@
 """``forebay budgets``: what is set, used and left."""
 
+from typing import Any
+
 import click
 
 from gateway.cli.admin import Admin, as_json, asks, at, clock, listed, report, tenant
@@ -29,17 +31,17 @@ def list_budgets(admin: Admin, tenant: str | None, *, as_json: bool) -> None:
     """
     found = admin.items(at("budgets"), tenant=tenant)
     heading = ["OF", "ID", "TENANT", "BUDGET", "USED", "LEFT", "BEGINS ANEW (UTC)"]
-    rows = [
-        [
-            one["subject"],
-            one["id"],
-            one["tenant"],
-            f"{amount_text(one['limit'])}/{one['per']}",
-            amount_text(one["used"]),
-            amount_text(one["left"]),
-            clock(one["ends_at"]) if one["ends_at"] else "never",
-        ]
-        for one in found
-    ]
     none = "no budgets; set one with: forebay tenants set ID --budget 5usd/day"
-    report(found, as_json=as_json, text=lambda: listed(heading, rows, none=none))
+    report(found, as_json=as_json, text=lambda: listed(heading, found, _row, none=none))
+
+
+def _row(one: dict[str, Any]) -> list[object]:
+    return [
+        one["subject"],
+        one["id"],
+        one["tenant"],
+        f"{amount_text(one['limit'])}/{one['per']}",
+        amount_text(one["used"]),
+        amount_text(one["left"]),
+        clock(one["ends_at"]) if one["ends_at"] else "never",
+    ]

@@ -85,20 +85,7 @@ def list_keys(admin: Admin, tenant: str | None, *, as_json: bool) -> None:
     """
     found = admin.items(at("keys"), tenant=tenant)
     heading = ["ID", "NAME", "TENANT", "ROLE", "STATE", "SECRET", "SOURCE", "EXPIRES (UTC)"]
-    rows = [
-        [
-            one["id"],
-            one["name"],
-            one["tenant"],
-            one["role"],
-            one["state"],
-            f"{one['prefix']}…" if one["prefix"] else "",
-            one["source"],
-            clock(one["expires_at"]),
-        ]
-        for one in found
-    ]
-    report(found, as_json=as_json, text=lambda: listed(heading, rows, none="no keys"))
+    report(found, as_json=as_json, text=lambda: listed(heading, found, _row, none="no keys"))
 
 
 @keys.command()
@@ -236,3 +223,16 @@ def _shown(key: dict[str, Any]) -> str:
             "revoked (UTC)": clock(key["revoked_at"]),
         }
     )
+
+
+def _row(one: dict[str, Any]) -> list[object]:
+    return [
+        one["id"],
+        one["name"],
+        one["tenant"],
+        one["role"],
+        one["state"],
+        f"{one['prefix']}…" if one["prefix"] else "",
+        one["source"],
+        clock(one["expires_at"]),
+    ]

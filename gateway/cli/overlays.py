@@ -56,19 +56,7 @@ def in_force(admin: Admin, revisions: str) -> dict[str, Any]:
 def revisions_table(found: list[dict[str, Any]]) -> str:
     """Return revisions as a table."""
     heading = ["NUMBER", "STATE", "BY", "AT (UTC)", "ENDS (UTC)", "NOTE", "OVERLAY"]
-    rows = [
-        [
-            one["number"],
-            one["state"],
-            one["author"],
-            clock(one["created_at"]),
-            clock(one["expires_at"]),
-            one["note"],
-            json.dumps(one["overlay"], ensure_ascii=False),
-        ]
-        for one in found
-    ]
-    return listed(heading, rows, none="no revisions: the settings file alone says what holds")
+    return listed(heading, found, _row, none="no revisions: the settings file alone says what holds")
 
 
 def revision_text(revision: Mapping[str, Any] | None) -> str:
@@ -88,14 +76,20 @@ def revision_text(revision: Mapping[str, Any] | None) -> str:
 
 def changes_table(changes: list[dict[str, Any]]) -> str:
     """Return changes as a table."""
-    rows = [[one["path"], json.dumps(one["before"]), json.dumps(one["after"]), one["source"]] for one in changes]
-    return listed(["KEY", "FROM", "TO", "SOURCE"], rows, none="Nothing differs.")
+
+    def row(one: dict[str, Any]) -> list[object]:
+        return [one["path"], json.dumps(one["before"]), json.dumps(one["after"]), one["source"]]
+
+    return listed(["KEY", "FROM", "TO", "SOURCE"], changes, row, none="Nothing differs.")
 
 
 def values_table(values: list[dict[str, Any]]) -> str:
     """Return settings in force as a table."""
-    rows = [[one["path"], json.dumps(one["value"], ensure_ascii=False), one["source"]] for one in values]
-    return listed(["KEY", "VALUE", "SOURCE"], rows, none="no values")
+
+    def row(one: dict[str, Any]) -> list[object]:
+        return [one["path"], json.dumps(one["value"], ensure_ascii=False), one["source"]]
+
+    return listed(["KEY", "VALUE", "SOURCE"], values, row, none="no values")
 
 
 def faults_table(faults: list[dict[str, Any]]) -> str:
@@ -129,3 +123,15 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
         path = f"{prefix}{name}"
         found += _flat(value, f"{path}.") if isinstance(value, dict) and value else [(path, value)]
     return found
+
+
+def _row(one: dict[str, Any]) -> list[object]:
+    return [
+        one["number"],
+        one["state"],
+        one["author"],
+        clock(one["created_at"]),
+        clock(one["expires_at"]),
+        one["note"],
+        json.dumps(one["overlay"], ensure_ascii=False),
+    ]

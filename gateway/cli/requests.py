@@ -38,23 +38,7 @@ def list_requests(admin: Admin, *, most: int, as_json: bool, **filters: Any) -> 
     """
     found = admin.items(at("requests"), most=most, **filters)
     heading = ["TIME (UTC)", "ID", "TENANT", "ENDPOINT", "MODEL", "STATUS", "ERROR", "TOOK", "QUEUED", "TRIES", "USD"]
-    rows = [
-        [
-            clock(one["time"]),
-            one["id"],
-            one["tenant"],
-            one["endpoint"],
-            one["model"],
-            one["status"],
-            one["error"],
-            span(one["duration_s"]),
-            span(one["queue_s"]),
-            one["attempts"],
-            money(one["usd"]),
-        ]
-        for one in found
-    ]
-    report(found, as_json=as_json, text=lambda: listed(heading, rows, none="no such requests"))
+    report(found, as_json=as_json, text=lambda: listed(heading, found, _row, none="no such requests"))
 
 
 @requests.command()
@@ -107,3 +91,19 @@ def _shown(request: dict[str, Any]) -> str:
             **{f"leg {number}": leg for number, leg in enumerate(legs, 1)},
         }
     )
+
+
+def _row(one: dict[str, Any]) -> list[object]:
+    return [
+        clock(one["time"]),
+        one["id"],
+        one["tenant"],
+        one["endpoint"],
+        one["model"],
+        one["status"],
+        one["error"],
+        span(one["duration_s"]),
+        span(one["queue_s"]),
+        one["attempts"],
+        money(one["usd"]),
+    ]

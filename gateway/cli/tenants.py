@@ -33,11 +33,7 @@ def list_tenants(admin: Admin, *, as_json: bool) -> None:
     """
     found = admin.items(at("tenants"))
     heading = ["ID", "SOURCE", "STATE", "MODELS", "LIMITS", "BUDGETS"]
-    rows = [
-        [one["id"], one["source"], _state(one), one["models"], limits_text(one["limits"]), budgets_text(one["budgets"])]
-        for one in found
-    ]
-    report(found, as_json=as_json, text=lambda: listed(heading, rows, none="no tenants"))
+    report(found, as_json=as_json, text=lambda: listed(heading, found, _row, none="no tenants"))
 
 
 @tenants.command()
@@ -135,3 +131,14 @@ def _shown(tenant: dict[str, Any]) -> str:
             "best class": tenant["max_class"],
         }
     )
+
+
+def _row(one: dict[str, Any]) -> list[object]:
+    return [
+        one["id"],
+        one["source"],
+        _state(one),
+        one["models"],
+        limits_text(one["limits"]),
+        budgets_text(one["budgets"]),
+    ]

@@ -1,6 +1,7 @@
 """``forebay usage``: what was used, and what it cost."""
 
 from datetime import UTC, date, datetime
+from functools import partial
 from typing import Any
 
 import click
@@ -50,20 +51,22 @@ def usage(
     found = admin.items(at("usage"), **question)
     heading = [*(name.replace("_", " ").upper() for name in dimensions)]
     heading += ["REQUESTS", "ERRORS", "INPUT", "OUTPUT", "CACHED", "USD"]
-    rows = [
-        [
-            *(one[name] for name in dimensions),
-            one["requests"],
-            one["errors"],
-            one["input_tokens"],
-            one["output_tokens"],
-            one["cached_tokens"],
-            money(one["usd"]),
-        ]
-        for one in found
-    ]
-    report(found, as_json=as_json, text=lambda: listed(heading, rows, none="nothing was used"))
+    report(
+        found, as_json=as_json, text=lambda: listed(heading, found, partial(_row, dimensions), none="nothing was used")
+    )
 
 
 def _day(moment: datetime | None) -> date | None:
     return None if moment is None else moment.astimezone(UTC).date()
+
+
+def _row(dimensions: list[str], one: dict[str, Any]) -> list[object]:
+    return [
+        *(one[name] for name in dimensions),
+        one["requests"],
+        one["errors"],
+        one["input_tokens"],
+        one["output_tokens"],
+        one["cached_tokens"],
+        money(one["usd"]),
+    ]

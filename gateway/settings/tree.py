@@ -1,5 +1,6 @@
 """The tree: every section, what may stand in it, and what it is without a word from the operator."""
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,9 @@ from gateway.units import Bytes, Count, Seconds
 
 OVERRIDABLE = Field(json_schema_extra={"overridable": True})
 """A value, or all of a section, that the admin API may change while the server runs."""
+
+BUILT_IN_KEY = "admin"
+"""What the key of ``admin_key`` is called."""
 
 AT_START = Field(json_schema_extra={"at_start": True})
 """A value that is read when the server starts: a change of it waits for the next start."""
@@ -358,6 +362,34 @@ class Settings(BaseSettings):
                     raise ValueError(f"keys.{key.name}.models: no model is called {name!r}{hint(name, names)}")
         return self
 
+    @model_validator(mode="after")
+    def _keys_have_names_of_their_own(self) -> "Settings":
+        names = [key.name for key in self.keys]
+        if BUILT_IN_KEY in names:
+            raise ValueError(
+                f"keys: {BUILT_IN_KEY!r} is what the key of `admin_key` is called; give this one another name"
+            )
+        doubled = next((name for name in names if names.count(name) > 1), None)
+        if doubled is not None:
+            raise ValueError(f"keys: {doubled!r} is the name of more than one; they would share budgets and records")
+        return self
+
+    @model_validator(mode="after")
+    def _open_ports_have_keys(self) -> "Settings":
+        """A port that others than this machine reach needs a key that somebody has set, and weak ones cannot be."""
+        has_admin = self.admin_key is not None or any(key.role is not None for key in self.keys)
+        if not _is_loopback(self.admin.host) and not has_admin:
+            raise ValueError(
+                f"admin.host: {self.admin.host} can be reached from other machines, which needs an `admin_key`, or a key "
+                "in `keys` with a `role`; `forebay keys new` makes one"
+            )
+        if not _is_loopback(self.server.host) and not has_admin and not self.keys:
+            raise ValueError(
+                f"server.host: {self.server.host} can be reached from other machines, which needs a key in `keys`, or "
+                "an `admin_key` to make some with; `forebay keys new` makes one"
+            )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -369,3 +401,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take what is handed over and nothing else: ``sources.py`` has read the environment, and knows what it set."""
         return (init_settings,)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address. A name other than ``localhost`` may mean anything."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -5,6 +5,7 @@ import os
 import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing
+from copy import copy
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +75,7 @@ class Database:
         self._url = _checked(url)
         self.timeout_s = timeout_s
         """What a transaction may take where nothing else is said."""
+        self._is_ready: Callable[[], bool] = _always
         self._late: set[asyncio.Task[Any]] = set()
         self._engine = (_sqlite if self.is_sqlite else _postgres)(self._url, pool, timeout_s)
 
@@ -97,6 +99,12 @@ class Database:
         """The address with no password in it, as other programs take it."""
         url = self._url.set(drivername=self._url.get_backend_name())
         return url._replace(password=None).render_as_string()
+
+    def once(self, is_ready: Callable[[], bool]) -> Self:
+        """Return the same database for those who have to wait for its tables: as if away until ``is_ready``."""
+        waiting = copy(self)
+        waiting._is_ready = is_ready
+        return waiting
 
     async def __aenter__(self) -> Self:
         if (path := self.path) is not None:
@@ -154,6 +162,8 @@ class Database:
 
     async def _run(self, work: Work[T], *, writes: bool, timeout_s: float | None) -> T:
         """Run it in a task of its own: cleaning up after a server that says nothing takes time the caller lacks."""
+        if not self._is_ready():
+            raise StorageUnavailable(f"{self.address} has not been reached since the start")
         used: list[AsyncConnection] = []
         task = asyncio.create_task(self._transact(work, writes, used))
         try:
@@ -269,9 +279,15 @@ async def _delete(query: Delete, connection: AsyncConnection) -> int:
 
 
 def _truncate_log(path: Path) -> None:
-    """Move what is in the write-ahead log into the file, as far as readers let it."""
+    """Move what is in the write-ahead log into the file, waiting some seconds for whoever still reads from it."""
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (is_busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if is_busy:
+        raise sqlite3.OperationalError("another process reads from its write-ahead log")
+
+
+def _always() -> bool:
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -141,8 +141,8 @@ async def test_a_policy_is_tried_kept_and_taken_back(run: Operator) -> None:
 
     assert "canary" in await run("policies", "canary", "fairness", *change, "--for", "5m", "--note", "a try")
     assert "applied" in await run("policies", "keep", "fairness")
-    second = await run.json("policies", "apply", "fairness", "--set", "retry.backoff=2s")
-    assert second["overlay"] == {"retry.attempts": 4, "retry.backoff": "2s"}
+    second = await run.json("policies", "apply", "fairness", "--set", "retry.max_retry_after=2s")
+    assert second["overlay"] == {"retry.attempts": 4, "retry.max_retry_after": "2s"}
     assert "overlay" in await run("policies", "get", "fairness")
     back = await run.json("policies", "rollback", "fairness")
     assert back["revision"]["overlay"] == {"retry.attempts": 4}

@@ -45,6 +45,7 @@ ACCESS: Mapping[str, Role] = {
     "create_tenant": "admin",
     "replace_tenant": "admin",
     "delete_tenant": "admin",
+    "erase_tenant": "admin",
     "create_key": "admin",
     "change_key": "admin",
     "rotate_key": "admin",

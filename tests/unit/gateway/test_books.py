@@ -240,3 +240,21 @@ async def test_leaving_books_what_is_left(tmp_path: Path) -> None:
         home.add(record())
 
     assert ledger.requests == 1
+
+
+async def test_a_record_that_the_database_refuses_holds_up_neither_the_ledger_nor_us(tmp_path: Path) -> None:
+    ledger, dropped = FakeLedger(), list[int]()
+
+    async def book(batch: Batch) -> None:
+        if batch.records:
+            raise ValueError("what is that?")
+        await ledger.book(batch)
+
+    home = Books(book, tmp_path / "ledger.pending", sample=lambda: 1.0, on_dropped=dropped.append)
+    home.add(record())
+    with capture_logs() as told:
+        await home.flush()
+    assert (told[0]["event"], dropped) == ("batch_refused", [1])
+
+    await home.flush()
+    assert (ledger.requests, home.num_waiting) == (1, 0)

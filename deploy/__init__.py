@@ -1,0 +1,1 @@
+"""What a deployment is made from; nothing of it is part of the server."""
