@@ -20,6 +20,7 @@ import pytest
 import pytest_asyncio
 from pydantic import BaseModel
 
+from tests.e2e.asking import logged
 from tests.vllm.conftest import CONTEXT, SLOTS, START_TIMEOUT_S, Vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2.5 * START_TIMEOUT_S)]
@@ -251,14 +252,7 @@ class TestAnswers:
         self, path: str, vllm: Vllm, client: httpx.AsyncClient
     ) -> None:
         answer = await client.post(path, json={**ASKED, "stream": True})
-        records = vllm.gateway.directory / "state" / "requests.jsonl"
-
-        def metered() -> list[Any]:
-            lines = [json.loads(line) for line in records.read_text().splitlines()]
-            return [line["usage"] for line in lines if line["id"] == answer.headers["x-request-id"]]
-
-        await until(lambda: bool(metered()), 10, "the request is in the log")
-        (usage,) = metered()
+        usage = (await logged(vllm.gateway, answer.headers["x-request-id"]))["usage"]
         assert usage["completion_tokens"] == 8
         assert usage["prompt_tokens"] == (await client.post(CHAT, json=ASKED)).json()["usage"]["prompt_tokens"]
 
