@@ -38,12 +38,12 @@ test-vllm: $(DEV)  ## the tests with a real vLLM on the CPU; installs it on the 
 	$(BIN)/python tests/vllm/prepare.py
 	$(BIN)/python -m pytest -m vllm $(ARGS)
 
-check: $(DEV)  ## format, lint, types, layers, and whether the lock fits pyproject.toml; needs no network
+check: $(DEV)  ## format, lint, types, layers, the lock, and the supply chain; needs no network
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(SOURCES)
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(BIN)/python -m pytest -q tests/test_architecture.py tests/security/test_s16_supply_chain.py
 	@$(MAKE) --no-print-directory check-compose
 
 check-compose: $(DEV)  ## compose.yaml and the Dockerfiles: our rules, the specification's schema, and `config -q` where a compose tool is installed
@@ -91,13 +91,13 @@ $(BIN)/python:
 	  echo "$(PYTHON) cannot make an environment (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
 
 $(RUNTIME): requirements.txt pyproject.toml | $(BIN)/python
-	@echo "Installing Forebay into $(VENV). The first time downloads about 45 MB: half a minute to two."
+	@echo "Installing Forebay into $(VENV). The first time downloads about 57 MB: half a minute to two."
 	@$(PIP) --require-hashes -r requirements.txt
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(DEV): requirements-dev.txt sdk/pyproject.toml $(RUNTIME)
-	@echo "Installing the tools for developers into $(VENV). The first time downloads about 60 MB: one to two minutes."
+	@echo "Installing the tools for developers into $(VENV). The first time downloads about 145 MB: one to three minutes."
 	@$(PIP) --require-hashes -r requirements-dev.txt
 	@$(PIP) --no-deps --no-build-isolation -e . -e sdk
 	@touch $@

@@ -47,7 +47,6 @@ AT_MOST = 1.3  # times the CPU per request without
 AT_LEAST = 0.8  # of linear
 PROCESSES = (1, 2, 4)
 SCALING_S = 3.0
-BOOKING_S = 0.6  # a flush is due twice a second
 
 _NO_LOG = "request_log: {enabled: false}\n"
 _AMPLE = """\
@@ -81,7 +80,7 @@ def plain() -> Arm:
     """The same gateway without all that is measured: keys, metering and metrics alone."""
     forebay = next(arm for arm in ARMS if arm.name == "forebay")
     note = "no limits, no budgets, no request log"
-    return replace(forebay, name="plain", note=note, files={"forebay.yaml": FOREBAY + _NO_LOG}, afterwork_s=BOOKING_S)
+    return replace(forebay, name="plain", note=note, files={"forebay.yaml": FOREBAY + _NO_LOG})
 
 
 def arms(servers: Servers) -> list[Arm]:

@@ -26,7 +26,7 @@ from gateway.limits import open_limiter
 from gateway.live import Live
 from gateway.metrics import Metrics
 from gateway.overlays import Overlays
-from gateway.settings import Settings, SettingsError
+from gateway.settings import BUILT_IN_KEY, Settings, SettingsError
 from gateway.spending import Spending
 from gateway.tenants import declared_keys, declared_tenants, price_of
 from gateway.tracing import Tracing
@@ -228,7 +228,9 @@ async def _tracing(live: Live, supervisor: Supervisor) -> AsyncIterator[Tracing 
 
 def declared(settings: Settings, catalog: Catalog) -> Stored:
     """Return the tenants and keys of the settings, the admin key among them."""
-    admin = Key(id="file:admin", name="admin", tenant=TenantId(""), digest=_admin_digest(settings), role="admin")
+    admin = Key(
+        id=f"file:{BUILT_IN_KEY}", name=BUILT_IN_KEY, tenant=TenantId(""), digest=_admin_digest(settings), role="admin"
+    )
     return Stored(0, declared_tenants(settings, catalog), (admin, *declared_keys(settings, catalog)))
 
 

@@ -3,6 +3,7 @@
 import datetime
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from core.records import Sum
 from core.tenancy import Budget, Period, Unit
@@ -20,6 +21,7 @@ def day_of(now: float) -> int:
     return int(now // DAY_S)
 
 
+@lru_cache(maxsize=64)
 def first_day(period: Period, day: int) -> int:
     """Return the day on which the period that holds ``day`` began; 0 for one that never starts anew."""
     date = datetime.date.fromordinal(datetime.date(1970, 1, 1).toordinal() + day)
@@ -34,6 +36,7 @@ def first_day(period: Period, day: int) -> int:
             return 0
 
 
+@lru_cache(maxsize=64)
 def ends_at(period: Period, day: int) -> float:
     """Return the Unix time at which the period that holds ``day`` ends; 0 for one that never does."""
     match period:

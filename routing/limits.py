@@ -194,12 +194,15 @@ class LocalLimiter:
         second = int(now)
         if abs(now - self._swept_at) > self._SWEEP_EVERY_S:
             self._sweep(now)
+        remaining: list[int] = []
         for index, meter in enumerate(meters):
-            if self._used(meter, second) + meter.amount > self._limit(meter):
+            room = -self._used(meter, second) - meter.amount + self._limit(meter)
+            if room < 0:
                 return Refused(index, retry_after(meter, now, self._window_wait(meter, second)))
+            remaining.append(room)
         at = tuple([self._take(meter, second) for meter in meters])
         return Granted(
-            tuple([max(0, self._limit(meter) - self._used(meter, second)) for meter in meters]),
+            tuple(remaining),
             tuple([reset_after(meter, now, booked_at) for meter, booked_at in zip(meters, at, strict=True)]),
             at,
         )

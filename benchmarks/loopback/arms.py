@@ -75,6 +75,7 @@ ARMS = (
         command=("{bin}/python", "-m", "gateway", "serve", "-c", "{tmp}/forebay.yaml"),
         ready="/health/readiness",
         files={"forebay.yaml": FOREBAY},
+        afterwork_s=0.6,  # it books twice a second
         key_prefix="fbk_",
         packages=("uvicorn", "uvloop", "httptools", "aiohttp", "msgspec"),
     ),

@@ -185,7 +185,7 @@ def report(value: object, *, as_json: bool, text: Callable[[], str]) -> None:
         click.echo(text())
     except KeyError as error:
         raise Fault(
-            f"the gateway's answer has no {error}: it is of another version than this command. --json prints what it says."
+            f"the gateway's answer has no {error}: the two are of different versions; --json prints it as it is."
         ) from error
 
 

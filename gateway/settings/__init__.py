@@ -4,6 +4,7 @@
 from gateway.settings.faults import SettingsError
 from gateway.settings.sources import Declared, declare, environment, load, parse, read
 from gateway.settings.tree import (
+    BUILT_IN_KEY,
     AdminSettings,
     BudgetSettings,
     CeilingSettings,
@@ -31,6 +32,7 @@ from gateway.settings.tree import (
 )
 
 __all__ = [
+    "BUILT_IN_KEY",
     "AdminSettings",
     "BudgetSettings",
     "CeilingSettings",

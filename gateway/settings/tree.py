@@ -380,8 +380,8 @@ class Settings(BaseSettings):
         has_admin = self.admin_key is not None or any(key.role is not None for key in self.keys)
         if not _is_loopback(self.admin.host) and not has_admin:
             raise ValueError(
-                f"admin.host: {self.admin.host} can be reached from other machines, which needs an `admin_key`, or a key "
-                "in `keys` with a `role`; `forebay keys new` makes one"
+                f"admin.host: {self.admin.host} can be reached from other machines, which needs an `admin_key`, or a "
+                "key in `keys` with a `role`; `forebay keys new` makes one"
             )
         if not _is_loopback(self.server.host) and not has_admin and not self.keys:
             raise ValueError(

@@ -156,7 +156,7 @@ class Database:
         """Have nothing left of deleted rows in a SQLite file and its log; PostgreSQL sees to that by itself, later."""
         if (path := self.path) is not None:
             try:
-                await asyncio.to_thread(_truncate_log, path)
+                await asyncio.to_thread(_truncate_log, path, self.timeout_s)
             except sqlite3.Error as error:
                 raise StorageUnavailable(f"{self.address} cannot be used: {error}") from error
 
@@ -278,9 +278,9 @@ async def _delete(query: Delete, connection: AsyncConnection) -> int:
     return (await connection.execute(query)).rowcount
 
 
-def _truncate_log(path: Path) -> None:
-    """Move what is in the write-ahead log into the file, waiting some seconds for whoever still reads from it."""
-    with closing(sqlite3.connect(path)) as connection:
+def _truncate_log(path: Path, timeout_s: float) -> None:
+    """Move what is in the write-ahead log into the file, waiting for whoever still reads from it."""
+    with closing(sqlite3.connect(path, timeout=timeout_s)) as connection:
         (is_busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     if is_busy:
         raise sqlite3.OperationalError("another process reads from its write-ahead log")

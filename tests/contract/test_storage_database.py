@@ -1,9 +1,11 @@
 """A database that is there, slow, gone or none: what callers see of it."""
 
 import asyncio
+import sqlite3
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,30 @@ async def test_a_locked_file_is_an_unavailable_database(tmp_path: Path) -> None:
 
         await one.write(hold)
         assert (await Tenants(other).put_tenant(Tenant(id=TenantId("a")))).version == 1
+
+
+async def test_a_database_without_its_tables_is_as_good_as_away(database_url: str) -> None:
+    is_ready = False
+    async with Database(database_url, timeout_s=20.0) as database:
+        tenants = Tenants(database.once(lambda: is_ready))
+        for work in (tenants.version, tenants.snapshot, lambda: tenants.put_tenant(Tenant(id=TenantId("a")))):
+            with pytest.raises(StorageUnavailable, match="since the start"):
+                await work()
+        await upgrade(database)
+        is_ready = True
+        assert (await tenants.put_tenant(Tenant(id=TenantId("a")))).version == 1
+
+
+async def test_an_erasure_that_a_reader_keeps_from_the_file_is_told(tmp_path: Path) -> None:
+    async with Database(sqlite_url(tmp_path / "forebay.db"), timeout_s=0.5) as database:
+        await upgrade(database)
+        with closing(sqlite3.connect(tmp_path / "forebay.db")) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM meta").fetchall()
+            await Tenants(database).put_tenant(Tenant(id=TenantId("a")))
+            with pytest.raises(StorageUnavailable, match="reads from"):
+                await database.overwrite()
+        await database.overwrite()
 
 
 async def test_nothing_of_an_erased_end_user_is_left_in_a_file(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ async def front() -> AsyncIterator[GatewayProcess]:
     async with FakeEngine(model="fake", tokens=4) as engine:
         models = {"fake": {**attached(engine.url), "price": {"input": 1, "output": 2}}}
         viewer = {"name": "looker", "tenant": "ops", "key": VIEWER, "role": "viewer"}
-        async with GatewayProcess(models, keys=[viewer]) as running:
+        async with GatewayProcess(models, keys=[viewer], defaults={"ceilings": {"grammars": True}}) as running:
             yield running
 
 
@@ -95,6 +95,7 @@ async def test_a_key_lives_from_its_tenant_to_its_end(front: GatewayProcess, run
     assert "tokens of prompt and 4 of answer" in why
     used = await run.json("usage", "--by", "tenant,model", "--tenant", "acme")
     assert [(row["tenant"], row["model"], row["requests"]) for row in used] == [("acme", "fake", 1)]
+    assert "fake" in (await run("usage", "--by", "model")).splitlines()[1]
     csv = await run("usage", "--by", "tenant", "--tenant", "acme", "--csv", "--since", "1d")
     assert csv.splitlines()[0].startswith("day,tenant,")
     shown = await run.json("requests", "show", request_id)
@@ -117,6 +118,7 @@ async def test_a_key_lives_from_its_tenant_to_its_end(front: GatewayProcess, run
     acts = await run.json("audit", "ls", "--target", key["key"]["id"])
     assert {act["action"] for act in acts} >= {"create_key", "rotate_key", "revoke_key"}
     assert key["secret"] not in json.dumps(acts)
+    assert "revoke_key" in await run("audit", "ls", "--since", "1h")
     assert "acme: deleted" in await run("tenants", "rm", "acme", "--yes")
 
 
@@ -182,11 +184,14 @@ async def test_the_sdk_reads_changes_and_goes_through_lists(front: GatewayProces
             budget = forebay.admin.Budget(usd="1.5", per="day")  # type: ignore[arg-type]  # pydantic takes the text
             tenant = admin.tenants.create("sdk", limits=forebay.admin.Limits(rpm=5), budgets=[budget])
             older = admin.tenants.show("sdk")
+            assert older.ceilings is not None
+            assert older.ceilings.grammars, "the settings' default"
             tenant.suspended = True
             tenant = admin.tenants.replace(tenant)
             assert tenant.suspended
             assert tenant.limits is not None
             assert tenant.limits.rpm == 5
+            assert tenant.ceilings == older.ceilings
             with pytest.raises(forebay.PreconditionFailed):
                 admin.tenants.replace(older)
             with pytest.raises(forebay.Conflict):

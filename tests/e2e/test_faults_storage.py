@@ -3,13 +3,17 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from core.records import RequestRecord
+from gateway.books import Books
 from tests.e2e.asking import ask, metric, until
 from tests.e2e.loading import CHAT, Load, booked, chat, ledger_url, until_booked
+from tests.fakes.admin import opened
 from tests.fakes.engine import FakeEngine
 from tests.fakes.gateway import GatewayProcess, attached
 from tests.fakes.postgres import Postgres
@@ -19,6 +23,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 COMMAND_TIMEOUT_S = 0.2
 DATABASE_TIMEOUT_S = 1.0
+PATIENT_S = 20.0
 MARGIN_S = 0.3  # for a machine that is busy with other things
 UNKNOWN_KEY = "fbk_nobody-has-ever-heard-of-this-one"
 AMPLE: dict[str, Any] = {
@@ -143,12 +148,12 @@ async def test_a_gateway_killed_while_the_database_hangs_has_booked_all_but_the_
     engine: FakeEngine, server: Postgres
 ) -> None:
     url = server.new_database()
-    gateway = gateway_of(engine, database=database_settings(url))
+    gateway = gateway_of(engine, database={"url": url, "timeout": PATIENT_S})
     async with gateway:
         async with Load(gateway) as load:
             await asyncio.sleep(0.7)
             server.pause()
-            await asyncio.sleep(DATABASE_TIMEOUT_S / 2 + LEAST_SPOOLED_S)  # the first batch is still being tried
+            await asyncio.sleep(2 * LEAST_SPOOLED_S)  # the first batch is still being tried
             gateway.kill()
             killed_at = time.monotonic()
             await gateway.wait()
@@ -180,3 +185,16 @@ async def test_a_gateway_starts_without_its_database_and_takes_it_up_when_it_com
         assert (await until_booked(url, 1)).requests == 1
         assert (await ask(gateway, CHAT, chat(), key=UNKNOWN_KEY)).status == 401
         assert gateway.log.count("database_upgraded") == 1
+
+
+async def test_records_that_find_no_room_are_counted_as_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Books, "MAX_RECORDS", 3)
+    async with opened(tmp_path, database={"url": "postgresql://nobody@127.0.0.1:9/none"}) as (_, services):
+        for number in range(5):
+            services.books.add(
+                RequestRecord(time=time.time(), id=f"req_{number}", endpoint=CHAT, status=200, duration_s=0.1)
+            )
+        assert services.metrics.registry.get_sample_value("forebay_records_dropped_total") == 2
+        assert services.metrics.registry.get_sample_value("forebay_records_waiting") == 3

@@ -17,13 +17,13 @@ from tests.fakes.gateway import GatewayProcess, attached
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ROUNDS = 5
-WARM_UP = 2  # of them: until then the caches of the database fill, 2 MB for each connection
+WARM_UP = 2  # of them: from 10,000 to 20,000 it still grows by some 4 %, after that it does not
 WHOLE, STREAMED, LEFT, BROKEN = 4800, 3000, 2000, 200  # of one round
 CONNECTIONS = 24
 GROWTH = 1.05
 BREAK = "please break"
 AMPLE: dict[str, Any] = {
-    "limits": {"rpm": 10**6, "tpm": 10**9, "parallel": 500},
+    "limits": {"rpm": 10**6, "tpm": 10**9, "parallel": 150},  # a hundred that leak are refused
     "budgets": [{"usd": 1000, "per": "day"}, {"tokens": 10**9, "per": "month"}],
 }
 

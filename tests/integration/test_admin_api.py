@@ -28,9 +28,16 @@ class Port(NamedTuple):
 
 
 @pytest.fixture
-async def port(tmp_path: Path) -> AsyncIterator[Port]:
-    async with opened(tmp_path) as (app, services), client(app) as admin:
+async def port(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Port]:
+    more: dict[str, Any] = {}
+    if getattr(request, "param", "sqlite") == "postgres":
+        more = {"database": {"url": request.getfixturevalue("postgres").new_database(), "timeout": 20}}
+    async with opened(tmp_path, **more) as (app, services), client(app) as admin:
         yield Port(app, services, admin)
+
+
+on_both = pytest.mark.parametrize("port", ["sqlite", "postgres"], indirect=True)
+"""For the stories whose answers depend on what a database does."""
 
 
 # Roles
@@ -139,6 +146,7 @@ async def test_a_key_counts_in_a_header_only(port: Port) -> None:
 # Tenants
 
 
+@on_both
 async def test_a_tenant_is_made_shown_replaced_and_deleted(port: Port) -> None:
     terms = {
         "models": ["s"],
@@ -186,6 +194,7 @@ async def test_a_change_has_to_name_the_state_it_was_made_from(port: Port, metho
     assert (await change(f"{V1}/tenants/acme", headers={"if-match": made.headers["etag"]}, **body)).is_success
 
 
+@on_both
 async def test_of_two_changes_from_one_state_the_second_is_refused(port: Port) -> None:
     tag = (await port.admin.post(f"{V1}/tenants", json={"id": "acme"})).headers["etag"]
     answers = [
@@ -276,6 +285,7 @@ async def test_a_key_needs_a_tenant_that_is_there(port: Port) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tenant")
 
 
+@on_both
 async def test_a_rotated_key_holds_beside_the_new_one_for_a_while(port: Port) -> None:
     made = (await port.admin.post(f"{V1}/keys", json={"name": "ci", "tenant": "filed", "limits": {"rpm": 3}})).json()
     rotated = await port.admin.post(f"{V1}/keys/{made['key']['id']}:rotate", json={"overlap_s": 60})
@@ -292,6 +302,7 @@ async def test_a_rotated_key_holds_beside_the_new_one_for_a_while(port: Port) ->
     assert old["state"] == "active"
 
 
+@on_both
 async def test_a_key_is_changed_in_part(port: Port) -> None:
     made = await port.admin.post(
         f"{V1}/keys",
@@ -305,6 +316,7 @@ async def test_a_key_is_changed_in_part(port: Port) -> None:
     assert stale.status_code == 412
 
 
+@on_both
 async def test_a_revoked_key_stays_revoked(port: Port) -> None:
     made = await port.admin.post(f"{V1}/keys", json={"name": "ci", "tenant": "filed"})
     path = f"{V1}/keys/{made.json()['key']['id']}"
@@ -353,6 +365,7 @@ async def test_a_page_has_at_most_200_entries(port: Port, limit: str) -> None:
 # Audit
 
 
+@on_both
 async def test_every_change_and_every_refused_one_is_recorded(port: Port) -> None:
     await port.admin.post(f"{V1}/tenants", json={"id": "acme"}, headers={"x-request-id": "req-1"})
     async with client(port.app, VIEWER) as viewer:
@@ -413,6 +426,7 @@ def batch(now: float) -> Batch:
     return Batch("b1", (line,), (record,))
 
 
+@on_both
 async def test_what_was_used_is_added_up_as_json_and_as_csv(port: Port) -> None:
     await port.services.store.ledger.book(batch(port.services.clock.wall()))
     params = {"by": ["tenant", "end_user"]}
@@ -432,6 +446,7 @@ async def test_too_many_days_are_refused(port: Port) -> None:
     assert (await port.admin.get(f"{V1}/usage", params=params)).status_code == 400
 
 
+@on_both
 async def test_a_request_is_found_and_its_way_is_told(port: Port) -> None:
     await port.services.store.ledger.book(batch(port.services.clock.wall()))
     found = (await port.admin.get(f"{V1}/requests", params={"tenant": "filed", "min_status": 200})).json()
@@ -447,6 +462,7 @@ async def test_a_request_is_found_and_its_way_is_told(port: Port) -> None:
     assert (await port.admin.get(f"{V1}/decisions/req_2")).status_code == 404
 
 
+@on_both
 async def test_budgets_show_what_is_left(port: Port) -> None:
     await port.services.store.ledger.book(batch(port.services.clock.wall()))
     await port.services.spending.refresh()
@@ -508,6 +524,7 @@ async def test_the_settings_are_shown_with_who_said_them_and_without_secrets(por
     assert DATA_KEY not in answer.text
 
 
+@on_both
 async def test_an_overlay_is_checked_applied_shown_and_rolled_back(port: Port) -> None:
     overlay = {"timeouts.queue": 5}
     assert (await port.admin.post(f"{V1}/config:validate", json={"overlay": overlay})).json() == {
@@ -553,6 +570,7 @@ async def test_a_server_without_a_file_has_nothing_to_reload(port: Port) -> None
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "settings_refused")
 
 
+@on_both
 async def test_a_policy_is_tried_and_kept_or_rolled_back(port: Port) -> None:
     path = f"{V1}/policies/fairness"
     overlay = {"overlay": {"retry.attempts": 1}}
@@ -587,3 +605,18 @@ async def test_what_needs_the_database_says_that_it_is_away(port: Port) -> None:
     await port.services.database.__aexit__(None, None, None)
     answer = await port.admin.get(f"{V1}/requests")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
+
+
+async def test_after_a_start_without_the_database_what_needs_it_is_a_503_and_nothing_a_500(tmp_path: Path) -> None:
+    away = {"url": "postgresql://u:secret@127.0.0.1:9/x", "timeout": 1}
+    async with opened(tmp_path, database=away) as (app, _), client(app) as admin:
+        document = (await admin.get("/openapi.json")).json()
+        answers = {
+            f"{method} {path}": await admin.request(method, filled(path), json={})
+            for method, path, _ in operations(document)
+        }
+    assert [where for where, answer in answers.items() if answer.status_code >= 500 and answer.status_code != 503] == []
+    refused = {where for where, answer in answers.items() if "database_unavailable" in answer.text}
+    assert {f"GET {V1}/requests", f"GET {V1}/usage", f"GET {V1}/audit", f"GET {V1}/tenants/{{tenant_id}}"} <= refused
+    assert {f"POST {V1}/tenants/{{tenant_id}}:erase", f"GET {V1}/config/revisions"} <= refused
+    assert f"GET {V1}/workers" not in refused

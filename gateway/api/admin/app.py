@@ -8,6 +8,7 @@ from gateway.api.admin.audit import audit_routes
 from gateway.api.admin.budgets import budget_routes
 from gateway.api.admin.config import config_routes
 from gateway.api.admin.document import describe
+from gateway.api.admin.erasure import erasure_routes
 from gateway.api.admin.hosts import WithHostCheck
 from gateway.api.admin.keys import key_routes
 from gateway.api.admin.models import model_routes
@@ -26,6 +27,7 @@ _RESOURCES = (
     model_routes,
     worker_routes,
     tenant_routes,
+    erasure_routes,
     key_routes,
     budget_routes,
     usage_routes,

@@ -85,6 +85,7 @@ class CeilingsShape(Shape):
     top_logprobs: int = Field(default=Ceilings().top_logprobs, ge=0, le=100)
     schema_size: int = Field(default=Ceilings().schema, ge=1, le=2**31)
     pattern: int = Field(default=Ceilings().pattern, ge=1, le=2**20)
+    grammars: bool = Ceilings().grammars
 
 
 class EndUsersShape(Shape):
@@ -279,6 +280,7 @@ def ceilings_in(shape: CeilingsShape) -> Ceilings:
         top_logprobs=shape.top_logprobs,
         schema=shape.schema_size,
         pattern=shape.pattern,
+        grammars=shape.grammars,
     )
 
 
@@ -291,6 +293,7 @@ def _shown_ceilings(ceilings: Ceilings) -> CeilingsShape:
         top_logprobs=ceilings.top_logprobs,
         schema_size=ceilings.schema,
         pattern=ceilings.pattern,
+        grammars=ceilings.grammars,
     )
 
 

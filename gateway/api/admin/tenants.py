@@ -3,7 +3,6 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
-from pydantic import Field
 
 from core.errors import Conflict, PreconditionFailed, UnknownId
 from core.ids import TenantId
@@ -15,7 +14,6 @@ from gateway.api.admin.pages import After, Limit, Page, page_of
 from gateway.api.admin.shapes import (
     TENANT_ID,
     NewTenant,
-    Shape,
     Source,
     TenantShape,
     TenantTerms,
@@ -28,24 +26,8 @@ from gateway.api.admin.terms import models_in
 from gateway.services import Services
 from gateway.tenants import ceilings_of, endpoints_of, rate_of
 from storage.sql import database
-from storage.sql.erasure import erase
 
 Id = Annotated[str, Path(pattern=TENANT_ID)]
-
-
-class Erasure(Shape):
-    """Whom to forget: one end user of the tenant, as its requests named it; null: all of the tenant."""
-
-    end_user: str | None = Field(default=None, min_length=1, max_length=256)
-
-
-class Erased(Shape):
-    """How many records of the request log are gone."""
-
-    records: int
-
-
-_ALL_OF_IT = Erasure()
 
 
 def tenant_routes(services: Services) -> APIRouter:
@@ -98,22 +80,6 @@ def tenant_routes(services: Services) -> APIRouter:
         except database.Conflict as error:
             raise _outdated(tenant_id) from error
         await services.directory.refresh()
-
-    @router.post("/{tenant_id}:erase", responses=errors())
-    async def erase_tenant(tenant_id: Id, act: Acting, body: Erasure = _ALL_OF_IT) -> Erased:
-        """Forget what a tenant, or one `end_user` of it, has asked: the request log's records go, and the ledger keeps
-        the amounts alone, under no end user's name.
-
-        The tenant may be the settings file's, or gone already; what declares it stays. Requests that end later are
-        recorded anew, and another gateway may hold some for half a second: take the key away first, or erase twice.
-        After an error, do it again.
-        """
-        await services.books.flush()  # what waits there would come after
-        if services.books.is_away:
-            raise database.StorageUnavailable("what has ended lately cannot be booked, and would come back")
-        num = await erase(services.database, tenant_id, body.end_user)
-        act.detail = {"of": "tenant" if body.end_user is None else "end_user", "records": num}  # not who: it is erased
-        return Erased(records=num)
 
     return router
 

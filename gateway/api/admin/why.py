@@ -126,7 +126,7 @@ def _way(record: RequestRecord) -> Iterator[str]:
 
 
 def _end(leg: LegRecord) -> str:
-    return f"{leg.worker!r} {_ENDS.get(leg.cause, f'ended with {leg.cause!r}')} after {duration(leg.duration_s)}"
+    return f"After {duration(leg.duration_s)} {leg.worker!r} {_ENDS.get(leg.cause, f'ended with {leg.cause!r}')}"
 
 
 def _successor(leg: LegRecord, following: LegRecord) -> str:

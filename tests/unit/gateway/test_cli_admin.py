@@ -1,6 +1,7 @@
 """The verbs over the admin API, as far as no gateway is needed: what options mean, and what is printed."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -75,6 +76,16 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
         yield Gateway(server, tmp_path)
         server.shutdown()
         thread.join()
+
+
+def test_the_reference_names_every_verb() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "reference" / "cli.md").read_text()
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    words = set(re.findall(r"[a-z-]+", " ".join(re.findall(r"`([^`]+)`", prose))))
+    for name, command in main.commands.items():
+        verbs = command.commands if isinstance(command, click.Group) else {}
+        missing = {name, *verbs} - words - {"downgrade"}
+        assert not missing, f"{name}: {missing}"
 
 
 # --- errors say what to do
@@ -152,7 +163,7 @@ def test_an_answer_of_another_version_is_told_so(gateway: Gateway) -> None:
     result = gateway.run("audit", "ls")
 
     assert result.exit_code == 1
-    assert "another version" in result.output
+    assert "different versions" in result.output
 
 
 def test_a_tenant_is_deleted_only_after_a_yes_and_as_it_was_read(gateway: Gateway) -> None:

@@ -78,8 +78,8 @@ def test_a_deadline_is_positive(value: object) -> None:
 
 
 def test_a_name_of_the_environment_is_filled_in() -> None:
-    settings = settings_of({"MY_HOST": "0.0.0.0"}, server={"host": "${MY_HOST}"})
-    assert settings.server.host == "0.0.0.0"
+    settings = settings_of({"MY_HOST": "127.0.0.3"}, server={"host": "${MY_HOST}"})
+    assert settings.server.host == "127.0.0.3"
 
 
 def test_a_default_stands_in_for_a_name_that_is_not_set() -> None:
@@ -168,7 +168,7 @@ def file_of(tmp_path: Path, text: str = "") -> Path:
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
-    path = file_of(tmp_path, "server: {port: 1, host: h}\ntimeouts: {total: 5}")
+    path = file_of(tmp_path, "server: {port: 1, host: 127.0.0.3}\ntimeouts: {total: 5}")
     env = {
         "FOREBAY_SERVER__PORT": "9000",
         "FOREBAY_TIMEOUTS__TOTAL": "2m",
@@ -176,7 +176,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
         "FOREBAY_STATE_DIR": "/state",
     }
     settings = load(path, env)
-    assert (settings.server.port, settings.server.host, settings.timeouts.total) == (9000, "h", 120)
+    assert (settings.server.port, settings.server.host, settings.timeouts.total) == (9000, "127.0.0.3", 120)
     assert settings.models["small"].aliases == ("s",)
     assert settings.state_dir == Path("/state")
 
@@ -203,3 +203,40 @@ def test_variables_for_the_command_line_are_no_settings(tmp_path: Path) -> None:
 
 def test_a_masked_value_is_never_taken_back() -> None:
     assert "admin_key: *** stands for a secret" in fault_of(admin_key="***")
+
+
+DATA_KEY = {"name": "app", "tenant": "a", "key": "fbk_the-data-key-of-a-test"}
+OPEN_HOSTS = ["0.0.0.0", "::", "[::]", "10.0.0.7", "gateway.internal"]
+
+
+@pytest.mark.parametrize("host", OPEN_HOSTS)
+def test_a_port_that_others_reach_needs_a_key(host: str) -> None:
+    assert "server.host" in fault_of(server={"host": host})
+    assert "admin.host" in fault_of(admin={"host": host})
+    assert "admin.host" in fault_of(admin={"host": host}, keys=[DATA_KEY])
+    assert "fewer than" in fault_of(server={"host": host}, keys=[{**DATA_KEY, "key": "a" * 40}])
+    assert "shorter than" in fault_of(admin={"host": host}, admin_key="secret")
+
+
+@pytest.mark.parametrize("host", OPEN_HOSTS)
+def test_a_port_whose_key_is_set_may_be_reached_by_others(host: str) -> None:
+    assert settings_of(server={"host": host}, keys=[DATA_KEY]).server.host == host
+    operator = {**DATA_KEY, "role": "viewer"}
+    for keys in ({"admin_key": "fba_the-admin-key-of-a-test"}, {"keys": [operator]}):
+        settings = settings_of(server={"host": host}, admin={"host": host}, **keys)
+        assert (settings.server.host, settings.admin.host) == (host, host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert settings_of(server={"host": host}, admin={"host": host}).admin.host == host
+
+
+def test_the_name_of_the_built_in_key_is_taken() -> None:
+    message = fault_of(keys=[{**DATA_KEY, "name": "admin"}])
+    assert "'admin' is what the key of `admin_key` is called" in message
+
+
+def test_two_keys_of_one_name_are_a_fault() -> None:
+    other = {**DATA_KEY, "key": "fbk_another-data-key-of-a-test"}
+    assert "'app' is the name of more than one" in fault_of(keys=[DATA_KEY, other])

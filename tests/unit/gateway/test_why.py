@@ -76,15 +76,15 @@ def test_each_failed_leg_is_told_with_its_worker_and_cause() -> None:
     text = paragraph(record(queue_s=0.3, attempts=3, legs=legs))
 
     assert "waited 300 ms in all" in text
-    assert "'small-0' went away while it worked after 500 ms, so 'small-1' took over at 700 ms." in text
-    assert "'small-1' was too busy after 500 ms, so it tried again at 1.4 s." in text
+    assert "After 500 ms 'small-0' went away while it worked, so 'small-1' took over at 700 ms." in text
+    assert "After 500 ms 'small-1' was too busy, so it tried again at 1.4 s." in text
 
 
 def test_a_fallback_is_told() -> None:
     found = record(attempts=2, legs=(leg("small-0", "broken"), leg("tiny-0", at_s=0.6, model="tiny")), model="tiny")
 
     assert fell_back(found)
-    assert "'small-0' failed after 500 ms, so it fell back to the model 'tiny' on 'tiny-0' at 600 ms." in paragraph(
+    assert "After 500 ms 'small-0' failed, so it fell back to the model 'tiny' on 'tiny-0' at 600 ms." in paragraph(
         found
     )
     assert "of the model 'small'." in paragraph(found)
@@ -93,7 +93,7 @@ def test_a_fallback_is_told() -> None:
 def test_the_last_attempt_is_told_where_all_have_failed() -> None:
     text = paragraph(record(502, error="worker_lost", attempts=1, legs=(leg("small-0", "lost"),)))
 
-    assert "'small-0' went away while it worked after 500 ms, and that was the last attempt." in text
+    assert "After 500 ms 'small-0' went away while it worked, and that was the last attempt." in text
     assert (
         "ended after 1.5 s with status 502 and the error 'worker_lost' (the worker went away while it worked)" in text
     )

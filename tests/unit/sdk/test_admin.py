@@ -94,7 +94,10 @@ def test_a_tenant_that_was_read_is_changed_and_names_what_it_was_made_from() -> 
 
 async def test_the_async_client_asks_the_same_as_the_sync_client() -> None:
     gateways = [ScriptedGateway(answer(TENANT, 201)), ScriptedGateway(answer(TENANT, 201))]
-    terms: forebay.admin.TenantTerms = {"budgets": [forebay.admin.Budget(usd=Decimal("0.5"), per="day")]}
+    terms: forebay.admin.TenantTerms = {
+        "budgets": [forebay.admin.Budget(usd=Decimal("0.5"), per="day")],
+        "ceilings": forebay.admin.Ceilings(body=1000),
+    }
 
     with admin(gateways[0]) as client:
         first = client.tenants.create("acme", **terms)
@@ -104,7 +107,8 @@ async def test_the_async_client_asks_the_same_as_the_sync_client() -> None:
     assert first == second
     assert gateways[0].requests[0].url == gateways[1].requests[0].url == "http://gw:2/admin/v1/tenants"
     for gateway in gateways:
-        assert gateway.body() == {"id": "acme", "budgets": [{"tokens": None, "usd": "0.5", "per": "day"}]}
+        budgets = [{"tokens": None, "usd": "0.5", "per": "day"}]
+        assert gateway.body() == {"id": "acme", "budgets": budgets, "ceilings": {"body": 1000}}
 
 
 def test_a_list_is_gone_through_page_by_page_as_it_is_read() -> None:

@@ -4,7 +4,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 
 from forebay._types import _Wire
 
@@ -58,6 +58,11 @@ class Ceilings(_Wire):
     top_logprobs: int | None = None
     schema_size: int | None = None
     pattern: int | None = None
+    grammars: bool | None = None
+
+    @model_serializer(mode="wrap")
+    def _given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class EndUsers(_Wire):
