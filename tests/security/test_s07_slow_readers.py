@@ -28,7 +28,9 @@ SERVER = {"max_stream_bytes": UNDELIVERED}
 
 async def endless_answer(request: web.Request) -> web.StreamResponse:
     """Answer 8 kB a second, thousands of times what the reader takes."""
-    return await stream(request, itertools.repeat(EVENT), pause_s=EVERY_S)
+    with suppress(ConnectionResetError):  # the reader has left, and the gateway with it
+        return await stream(request, itertools.repeat(EVENT), pause_s=EVERY_S)
+    return web.Response()
 
 
 @contextmanager
