@@ -220,9 +220,7 @@ class DataPlane:
         """Raise ``ConnectionLimit`` if the tenant has as much in flight as one tenant may have."""
         most_open = self._live.settings.server.max_tenant_streams
         if self._num_open[principal.tenant] >= most_open:
-            raise ConnectionLimit(
-                f"{most_open} answers are open for this tenant already", retry_after=1.0
-            )
+            raise ConnectionLimit(f"{most_open} answers are open for this tenant already", retry_after=1.0)
         most = principal.tenant_spec.ceilings.prompt_tokens
         if self._num_prompt_tokens[principal.tenant] + call.prompt_tokens_estimate > most:
             raise ConnectionLimit(

@@ -374,4 +374,4 @@ def test_a_request_is_as_urgent_as_it_asks_and_its_key_allows(asked: dict[str, A
 
 def test_a_class_that_does_not_exist_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="one of interactive, standard, batch"):
-        own(**{"class": "urgent"})
+        chat(forebay={"class": "urgent"})
