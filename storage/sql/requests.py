@@ -92,13 +92,14 @@ def row_of(record: RequestRecord) -> tuple[Any, ...]:
         texts = {name: storable(value) for name, value in msgspec.structs.asdict(record).items() if type(value) is str}
         record = msgspec.structs.replace(record, **texts)
         whole = msgspec.json.encode(record)
+    # Id, tenant, key and model were checked when they came, or are our own.
     return (
-        line(record.id),
+        record.id,
         record.time,
-        line(record.tenant),
-        line(record.key),
+        record.tenant,
+        record.key,
         line(record.end_user),
-        line(record.model),
+        record.model,
         record.status,
         line(record.error),
         whole,

@@ -80,7 +80,7 @@ def upgrade(op: Operations) -> None:
         sa.Column("record", sa.LargeBinary, nullable=False),
     )
     op.create_index("ix_requests_id", "requests", ["id"])
-    op.create_index("ix_requests_time", "requests", ["time", "id"])
+    op.create_index("ix_requests_time", "requests", ["time"])
     op.create_table(
         "audit",
         sa.Column("id", sa.Text, primary_key=True),
