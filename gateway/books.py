@@ -190,7 +190,8 @@ class Books:
             _log.warning("spool_failed", path=str(self._spool), error=str(error))
 
     def _read_spool(self) -> Batch | None:
-        """Take back what an earlier process could not book."""
+        """Take back what an earlier process could not book; what it was about to write there is the same or older."""
+        self._spool.with_suffix(".draft").unlink(missing_ok=True)
         try:
             batches = [_BATCH.decode(line) for line in self._spool.read_bytes().splitlines() if line]
         except FileNotFoundError:

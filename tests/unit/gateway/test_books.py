@@ -258,3 +258,10 @@ async def test_a_record_that_the_database_refuses_holds_up_neither_the_ledger_no
 
     await home.flush()
     assert (ledger.requests, home.num_waiting) == (1, 0)
+
+
+async def test_half_a_spool_of_a_process_that_died_is_not_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "ledger.draft").write_bytes(b"who used what")
+
+    async with books(FakeLedger(), tmp_path):
+        assert not (tmp_path / "ledger.draft").exists()
