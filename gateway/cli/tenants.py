@@ -111,6 +111,26 @@ def remove(admin: Admin, tenant_id: str, *, yes: bool, as_json: bool) -> None:
     report({"id": tenant_id, "deleted": True}, as_json=as_json, text=lambda: f"{tenant_id}: deleted")
 
 
+@tenants.command()
+@_id
+@click.option("--end-user", metavar="NAME", help="Only what this one has asked.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@asks
+@as_json
+def erase(admin: Admin, tenant_id: str, *, end_user: str | None, yes: bool, as_json: bool) -> None:
+    """Forget what a tenant, or one of its end users, has asked: its request records go, amounts stay.
+
+    \b
+    Example:
+      forebay tenants erase acme --end-user ann
+    """
+    whose = tenant_id if end_user is None else f"{end_user} of {tenant_id}"
+    if not yes:
+        click.confirm(f"Erase all request records of {whose}?", abort=True, err=True)
+    erased = admin.value(admin.post(f"{at('tenants', tenant_id)}:erase", {"end_user": end_user}))
+    report(erased, as_json=as_json, text=lambda: f"{whose}: {erased['records']} records erased")
+
+
 def _state(tenant: dict[str, Any]) -> str:
     return "suspended" if tenant["suspended"] else "active"
 

@@ -119,6 +119,7 @@ async def test_a_key_lives_from_its_tenant_to_its_end(front: GatewayProcess, run
     assert {act["action"] for act in acts} >= {"create_key", "rotate_key", "revoke_key"}
     assert key["secret"] not in json.dumps(acts)
     assert "revoke_key" in await run("audit", "ls", "--since", "1h")
+    assert "records erased" in await run("tenants", "erase", "acme", "--yes")
     assert "acme: deleted" in await run("tenants", "rm", "acme", "--yes")
 
 

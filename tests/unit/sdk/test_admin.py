@@ -227,3 +227,13 @@ def test_the_key_falls_back_to_the_environment(monkeypatch: pytest.MonkeyPatch) 
 def test_methods_have_their_help() -> None:
     with admin(ScriptedGateway(answer(TENANT))) as client:
         assert (client.keys.rotate.__doc__ or "").startswith("Make a key of the same terms")
+
+
+def test_an_end_user_is_erased_by_name() -> None:
+    gateway = ScriptedGateway(answer({"records": 3}))
+
+    with admin(gateway) as client:
+        erased = client.tenants.erase("acme", end_user="ann")
+
+    assert (erased.records, gateway.body()) == (3, {"end_user": "ann"})
+    assert gateway.requests[0].url.path == "/admin/v1/tenants/acme:erase"

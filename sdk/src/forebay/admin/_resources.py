@@ -17,6 +17,7 @@ from forebay.admin._values import (
     Config,
     Decision,
     Dimension,
+    Erased,
     Health,
     InForce,
     Key,
@@ -112,6 +113,11 @@ class Tenants(Resource[RunnerT]):
     def delete(self, tenant: Tenant) -> Ask[None]:
         """Delete a tenant that was read, and its keys; raises ``PreconditionFailed`` if it was changed since."""
         return Ask("DELETE", path("tenants", tenant.id), _nothing, if_match=tenant.etag)
+
+    @operation
+    def erase(self, tenant_id: str, *, end_user: str | None = None) -> Ask[Erased]:
+        """Forget the request records of a tenant, or of one of its end users; what was spent stays in the ledger."""
+        return _post(Erased, path("tenants", tenant_id) + ":erase", {"end_user": end_user})
 
 
 class Keys(Resource[RunnerT]):

@@ -168,6 +168,12 @@ class BudgetState(_Wire):
     ends_at: datetime | None = None
 
 
+class Erased(_Wire):
+    """What an erasure has done. ``records``: how many are gone from the request log."""
+
+    records: int
+
+
 class UsageRow(_Wire):
     """What was used. A dimension that was not asked for is None; ``end_user`` is empty where none was named."""
 
