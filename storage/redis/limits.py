@@ -85,6 +85,7 @@ class RedisLimiter:
         self._settle_timer: asyncio.TimerHandle | None = None
         self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_leaving = False
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -94,6 +95,7 @@ class RedisLimiter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_leaving = True
         for task in self._tasks:
             task.cancel()
         await self._group.__aexit__(None, None, None)
@@ -153,7 +155,8 @@ class RedisLimiter:
         return call
 
     async def _send_for_ever(self) -> None:
-        while True:
+        # Not for ever: a cancellation that comes while the client gives up a connection may be lost in it.
+        while not self._is_leaving:
             await self._wake.wait()
             self._wake.clear()
             try:

@@ -1,6 +1,7 @@
 """Limits while Redis hangs, dies and comes back, and while several processes share them."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -17,7 +19,7 @@ from structlog.testing import capture_logs
 from core.clock import SystemClock
 from core.errors import LimitsUnavailable
 from routing.limits import FallbackLimiter, Granted, Limiter, LocalLimiter, Meter, OpenAnswers
-from storage.redis.connection import RedisConnection
+from storage.redis.connection import RedisAwayError, RedisConnection
 from storage.redis.limits import RedisLimiter
 from tests.fakes.redis import RedisServer
 
@@ -304,3 +306,23 @@ async def test_a_redis_that_forgot_its_scripts_is_told_them_again(server: RedisS
 
         assert isinstance(verdict, Granted)
         assert connection.is_up
+
+
+class LosesCancellation(RedisConnection):
+    """Takes a cancellation for a connection that was given up, as a client may that was just giving one up."""
+
+    called: asyncio.Event
+
+    async def run_script(self, *_: Any) -> Any:
+        if not self.called.is_set():
+            self.called.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+        raise RedisAwayError("the connection was given up")
+
+
+async def test_leaving_comes_to_an_end_though_a_cancellation_is_lost_in_the_client() -> None:
+    connection = LosesCancellation("redis://127.0.0.1:1", SystemClock())
+    connection.called = asyncio.Event()
+    async with asyncio.timeout(10), connection, RedisLimiter(connection, SystemClock()):
+        await connection.called.wait()
