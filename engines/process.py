@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
-from types import MappingProxyType
 from urllib.parse import quote
 
 import msgspec
@@ -19,8 +18,6 @@ from engines.engine import Command
 
 GUARD = Path(__file__).with_name("guard.py")
 LOOPBACK = "127.0.0.1"
-
-NO_ENV: Mapping[str, str] = MappingProxyType({})
 
 # Between SIGTERM and SIGKILL for what is left of a worker that died, or whose gateway did. Engine processes exit
 # within tens of milliseconds, or hang; the promise is that two seconds after a gateway's death nothing is left.

@@ -36,11 +36,6 @@ def declared_keys(settings: Settings, catalog: Catalog) -> tuple[Key, ...]:
     return tuple(_key(key, catalog) for key in settings.keys)
 
 
-def default_tenant(tenant: TenantId, settings: Settings) -> Tenant:
-    """Return what holds for a tenant of whom nothing else is said."""
-    return Tenant(id=tenant, rate=rate_of(settings.defaults.limits), ceilings=ceilings_of(settings.defaults.ceilings))
-
-
 def price_of(settings: PriceSettings) -> Price:
     """Return a model's price in picodollars per token."""
     cached = settings.cached_input
