@@ -25,6 +25,8 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from storage.sql.standing import Poller, Standing, StandingPostgres, StandingSqlite
+
 T = TypeVar("T")
 Work = Callable[[AsyncConnection], Awaitable[T]]
 
@@ -77,6 +79,7 @@ class Database:
         """What a transaction may take where nothing else is said."""
         self._is_ready: Callable[[], bool] = _always
         self._late: set[asyncio.Task[Any]] = set()
+        self._poller = Poller(self._open_standing)
         self._engine = (_sqlite if self.is_sqlite else _postgres)(self._url, pool, timeout_s)
 
     @property
@@ -119,7 +122,7 @@ class Database:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         closing = asyncio.create_task(self._engine.dispose())
-        tasks = {closing, *self._late}
+        tasks = {closing, asyncio.create_task(self._poller.close()), *self._late}
         _, pending = await asyncio.wait(tasks, timeout=_CLEANUP_S)
         for task in pending:
             task.cancel()
@@ -132,14 +135,21 @@ class Database:
     async def read(self, work: Work[T], *, timeout_s: float | None = None) -> T:
         """Return what ``work`` makes of a connection, in one transaction that changes nothing. Raises
         ``StorageUnavailable``, also when it took longer than ``timeout_s`` (default: the database's own)."""
-        return await self._run(work, writes=False, timeout_s=timeout_s)
+        return await self._run(partial(self._transact, work, False), timeout_s=timeout_s)
 
     async def write(self, work: Work[T], *, timeout_s: float | None = None) -> T:
         """Likewise, in a transaction that is committed when ``work`` returns and undone when it raises.
 
         In SQLite it is the only one that writes at its time. Raises ``Conflict`` when a row exists that may not.
         """
-        return await self._run(work, writes=True, timeout_s=timeout_s)
+        return await self._run(partial(self._transact, work, True), timeout_s=timeout_s)
+
+    async def poll(self, query: str) -> list[tuple[Any, ...]]:
+        """Return the rows of a small read that is made again and again, over one connection that is kept for it.
+
+        Others who poll wait for their turn. Raises ``StorageUnavailable``; the next call then connects anew.
+        """
+        return await self._run(lambda _: self._poller.rows(query), timeout_s=None)
 
     async def delete_in_chunks(self, table: Table, ids: Select[Any], chunk: int) -> int:
         """Delete the rows whose primary key the query names, ``chunk`` in a transaction; return how many there were."""
@@ -160,12 +170,12 @@ class Database:
             except sqlite3.Error as error:
                 raise StorageUnavailable(f"{self.address} cannot be used: {error}") from error
 
-    async def _run(self, work: Work[T], *, writes: bool, timeout_s: float | None) -> T:
+    async def _run(self, action: Callable[[list[AsyncConnection]], Awaitable[T]], *, timeout_s: float | None) -> T:
         """Run it in a task of its own: cleaning up after a server that says nothing takes time the caller lacks."""
         if not self._is_ready():
             raise StorageUnavailable(f"{self.address} has not been reached since the start")
         used: list[AsyncConnection] = []
-        task = asyncio.create_task(self._transact(work, writes, used))
+        task = asyncio.ensure_future(action(used))
         try:
             await asyncio.wait({task}, timeout=timeout_s or self.timeout_s)
         finally:
@@ -179,7 +189,7 @@ class Database:
             raise Conflict("the row exists already") from error
         except (DataError, ProgrammingError):
             raise  # our own fault
-        except (DBAPIError, PoolTimeout, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except (DBAPIError, PoolTimeout, sqlite3.Error, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             raise StorageUnavailable(f"{self.address} cannot be used: {_first_line(error)}") from error
         except StorageUnavailable:
             raise
@@ -192,6 +202,11 @@ class Database:
             await connection.execution_options(**{_WRITES: writes})
             async with connection.begin():
                 return await work(connection)
+
+    async def _open_standing(self) -> Standing:
+        if self.is_sqlite:
+            return await StandingSqlite.open(self._url, self.timeout_s)
+        return await StandingPostgres.open(self._url, self.timeout_s, _arguments(self._url, self.timeout_s))
 
     def _abandon(self, task: asyncio.Task[T], used: list[AsyncConnection]) -> None:
         """Let a transaction end by itself, soon: its connection is cut, so that whatever it waits for fails."""
@@ -229,7 +244,8 @@ def _checked(text: str) -> URL:
     return url.set(drivername="postgresql+asyncpg")
 
 
-def _postgres(url: URL, pool: int, timeout_s: float) -> AsyncEngine:
+def _arguments(url: URL, timeout_s: float) -> dict[str, Any]:
+    """Return what asyncpg is told beside the address."""
     arguments: dict[str, Any] = {
         "timeout": timeout_s,
         "server_settings": {
@@ -240,15 +256,18 @@ def _postgres(url: URL, pool: int, timeout_s: float) -> AsyncEngine:
     }
     if mode := url.query.get("sslmode"):
         arguments["ssl"] = mode
-        url = url.difference_update_query(["sslmode"])
+    return arguments
+
+
+def _postgres(url: URL, pool: int, timeout_s: float) -> AsyncEngine:
     return create_async_engine(
-        url,
+        url.difference_update_query(["sslmode"]),
         pool_size=pool,
         max_overflow=0,
         pool_timeout=timeout_s,
         pool_pre_ping=True,
         pool_recycle=_RECYCLE_S,
-        connect_args=arguments,
+        connect_args=_arguments(url, timeout_s),
         **_COMMON,
     )
 

@@ -7,7 +7,7 @@ from sqlalchemy import RowMapping, Select, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.records import Revision
-from storage.sql.counters import bump, counter
+from storage.sql.counters import bump, poll
 from storage.sql.database import Conflict, Database, Missing
 from storage.sql.paging import bounded
 from storage.sql.tables import revisions
@@ -25,7 +25,7 @@ class Revisions:
 
     async def version(self) -> int:
         """Return a number that is a higher one after every change of any resource. Reads one row."""
-        return await self._database.read(lambda connection: counter(connection, _COUNTER))
+        return await poll(self._database, _COUNTER)
 
     async def add(self, revision: Revision) -> None:
         """Keep a new revision; its number has to be the one after the resource's last. Raises ``Conflict``."""

@@ -8,7 +8,7 @@ from sqlalchemy import RowMapping, Select, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.tenancy import Key, Stored, Tenant
-from storage.sql.counters import bump, counter
+from storage.sql.counters import bump, counter, poll
 from storage.sql.database import Conflict, Database, Missing
 from storage.sql.paging import MAX_PAGE, bounded
 from storage.sql.tables import keys, tenants
@@ -35,7 +35,7 @@ class Tenants:
 
     async def version(self) -> int:
         """Return a number that is a higher one after every change. Reads one row."""
-        return await self._database.read(lambda connection: counter(connection, _COUNTER))
+        return await poll(self._database, _COUNTER)
 
     async def snapshot(self) -> Stored:
         """Return all of them, revoked and expired keys too as long as they are kept. Reads both tables whole."""
