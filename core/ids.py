@@ -1,6 +1,7 @@
 """Identifiers. Each is text on the wire; the type only keeps one kind from being passed for another."""
 
-import secrets
+import os
+from collections.abc import Iterator
 from typing import NewType
 
 RequestId = NewType("RequestId", str)
@@ -20,5 +21,16 @@ WorkerId = NewType("WorkerId", str)
 
 
 def new_request_id() -> RequestId:
-    """Return an unguessable request id of 128 random bits."""
-    return RequestId("req_" + secrets.token_hex(16))
+    """Return an unguessable request id of 128 random bits. For one thread, the event loop's."""
+    return RequestId("req_" + next(_HEX))
+
+
+def _random_hex() -> Iterator[str]:
+    """Yield 32 random hex digits, for ever; the system is asked for 256 of them at a time, for 15 µs a call."""
+    while True:
+        block = os.urandom(16 * 256).hex()
+        for start in range(0, len(block), 32):
+            yield block[start : start + 32]
+
+
+_HEX = _random_hex()

@@ -34,6 +34,14 @@ _SPECIAL: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = (
 )
 
 
+_SIGNS = (b"url", b"image", b"audio", b"video", b"\\u")  # every name above holds one of these, unless it is escaped
+
+
+def may_name_addresses(raw: bytes) -> bool:
+    """Whether a JSON text can hold an address that ``Egress.fill`` would find; False is certain, and costs nothing."""
+    return any(sign in raw for sign in _SIGNS)
+
+
 class Resolver(Protocol):
     """Turns a name into addresses."""
 
@@ -224,18 +232,30 @@ def _remote(body: dict[str, Any]) -> Iterator[_Place]:
             raise InvalidRequest(f"`{name}`: this gateway lets no engine call other servers; leave it out", param=name)
 
 
-def _walk(root: Any, name: str) -> Iterator[_Place]:
-    rest: list[tuple[str, Any]] = [(name, root)]
+def _walk(root: Any, field: str) -> Iterator[_Place]:
+    rest: list[tuple[_Steps, Any]] = [((None, field), root)]
     while rest:
-        where, node = rest.pop()
+        steps, node = rest.pop()
         if isinstance(node, list):
-            rest.extend((f"{where}[{at}]", item) for at, item in enumerate(node) if isinstance(item, dict | list))
+            rest.extend(((steps, at), item) for at, item in enumerate(node) if isinstance(item, dict | list))
         elif node.get("type") not in _NEVER_FETCHED:
             for key, value in node.items():
                 if isinstance(value, dict | list):
-                    rest.append((f"{where}.{key[:64]}", value))
+                    rest.append(((steps, key), value))
                 elif key in _URL_KEYS and isinstance(value, str) and value[:5].lower() != "data:":
-                    yield _Place(f"{where}.{key}", value, node, key)
+                    yield _Place(_name_of((steps, key)), value, node, key)
+
+
+_Steps = tuple[Any, str | int]
+"""A place in a body: the steps to what holds it, or None, and the last step. A name is made only of what is found."""
+
+
+def _name_of(steps: _Steps | None) -> str:
+    parts: list[str] = []
+    while steps is not None:
+        steps, step = steps
+        parts.append(f"[{step}]" if isinstance(step, int) else f".{step[:64]}")
+    return "".join(reversed(parts))[1:]
 
 
 async def _content(response: aiohttp.ClientResponse, room: int) -> tuple[str, bytes]:

@@ -36,7 +36,7 @@ from gateway.books import Books
 from gateway.chat import ChatService
 from gateway.connection import EXTENSION, Connection
 from gateway.directory import Directory
-from gateway.egress import Egress
+from gateway.egress import Egress, may_name_addresses
 from gateway.errors import body_of, frame_of, headers_of, status_of
 from gateway.live import Live
 from gateway.logs import REQUEST
@@ -202,7 +202,8 @@ class DataPlane:
         self._num_prompt_tokens[principal.tenant] += call.prompt_tokens_estimate
         exchange.is_counted = True
         exchange.admitted = await self._admission.admit(principal, call)
-        await self._egress.fill(call.body)
+        if may_name_addresses(raw):
+            await self._egress.fill(call.body)
         exchange.run = run = self._chat.submit(call, inline=True)
         run.reader = exchange.task = asyncio.current_task()
         if call.stream:

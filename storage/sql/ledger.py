@@ -1,6 +1,7 @@
 """The ledger: what was used and what it cost, by day, tenant, key, end user and model."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +14,7 @@ from core.ids import TenantId
 from core.records import Batch, Sum
 from storage.sql.database import Database
 from storage.sql.paging import MAX_PAGE, bounded, follows
-from storage.sql.requests import insert_of, row_of
+from storage.sql.requests import INSERT_FOR_POSTGRES, insert_for_sqlite, row_of
 from storage.sql.tables import booked_batches, ledger
 from storage.sql.types import LARGEST_AMOUNT
 
@@ -63,7 +64,7 @@ class Ledger:
         add = add.on_conflict_do_update(
             index_elements=list(DIMENSIONS), set_={name: added(ledger.c[name], add.excluded[name]) for name in AMOUNTS}
         )
-        keep = insert_of(is_sqlite=self._database.is_sqlite)
+        is_sqlite = self._database.is_sqlite
 
         async def work(connection: AsyncConnection) -> None:
             if (await connection.execute(mark.on_conflict_do_nothing())).rowcount == 0:
@@ -71,7 +72,11 @@ class Ledger:
             for few in _chunks(lines):
                 await connection.execute(add, few)
             for some in _chunks(batch.records):
-                await connection.exec_driver_sql(keep, [row_of(record) for record in some])
+                rows = [row_of(record) for record in some]
+                if is_sqlite:  # one step of the statement for all: each gives up the interpreter, and waits for it
+                    await connection.exec_driver_sql(insert_for_sqlite(len(rows)), tuple(chain.from_iterable(rows)))
+                else:
+                    await connection.exec_driver_sql(INSERT_FOR_POSTGRES, rows)
 
         num_rows = len(lines) + len(batch.records)
         await self._database.write(work, timeout_s=self._database.timeout_s + num_rows / _ROWS_PER_S)

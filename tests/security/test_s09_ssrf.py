@@ -2,15 +2,18 @@
 
 import base64
 import ipaddress
+import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.errors import InvalidRequest
-from gateway.egress import Egress, Policy, is_public
+from gateway.egress import Egress, Policy, is_public, may_name_addresses
 
 PNG = b"\x89PNG not really"
 LOOPBACK = ipaddress.ip_address("127.0.0.1")
@@ -291,3 +294,24 @@ async def test_an_answer_that_is_an_error_or_does_not_come_is_told(site: Site) -
 
     unknown = Egress(Policy(allow=("nobody.test",)), Names())
     assert "could not be fetched" in await refusal(unknown, chat("http://nobody.test/"))
+
+
+def _spelled(text: str, escape: bool) -> str:
+    return "".join(f"\\u{ord(char):04x}" for char in text) if escape else text
+
+
+@given(
+    key=st.sampled_from(["image_url", "audio_url", "video_url", "file_url", "url", "image", "audio", "video"]),
+    escaped=st.booleans(),
+    text=st.text(),
+)
+async def test_no_body_that_names_an_address_is_taken_for_one_that_cannot(key: str, escaped: bool, text: str) -> None:
+    part = f'{{"{_spelled(key, escaped)}": "http://127.0.0.1/"}}'
+    raw = f'{{"messages": [{{"role": "user", "content": [{part}]}}], "user": {json.dumps(text)}}}'.encode()
+    with pytest.raises(InvalidRequest, match="is an address"):
+        await Egress(Policy()).fill(json.loads(raw))
+    assert may_name_addresses(raw)
+
+
+def test_a_plain_body_is_seen_to_name_no_address() -> None:
+    assert not may_name_addresses(b'{"messages": [{"role": "user", "content": "Hello\\n"}]}')
