@@ -48,7 +48,8 @@ class Timeouts(msgspec.Struct, frozen=True):
 
 
 class CallContext(msgspec.Struct, frozen=True):
-    """Who calls, and what decisions may know of the caller. Only ``tenant`` is trusted: it comes from the key."""
+    """Who calls, and what decisions may know of the caller. Only ``tenant`` and its ``weight`` are trusted: they come
+    from the key. ``weight`` is the tenant's share of an engine, beside those of others that want it."""
 
     tenant: TenantId
     end_user: str | None = None
@@ -57,6 +58,7 @@ class CallContext(msgspec.Struct, frozen=True):
     run: str | None = None
     stage: str | None = None
     urgency: Class = "standard"
+    weight: float = 1.0
 
 
 class Call(msgspec.Struct, frozen=True):

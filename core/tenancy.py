@@ -64,7 +64,8 @@ class Price(msgspec.Struct, frozen=True):
 
 class Tenant(msgspec.Struct, frozen=True):
     """A customer of this gateway. ``models`` and ``endpoints`` None: all. ``end_user``: limits of each end user that
-    the tenant names in its requests; ``end_user_budgets``: likewise."""
+    the tenant names in its requests; ``end_user_budgets``: likewise. ``weight``: its share of an engine, beside those
+    of the others that want it."""
 
     id: TenantId
     is_suspended: bool = False
@@ -76,6 +77,7 @@ class Tenant(msgspec.Struct, frozen=True):
     end_user_budgets: tuple[Budget, ...] = ()
     ceilings: Ceilings = Ceilings()
     max_class: Class = "interactive"
+    weight: float = 1.0
 
     @property
     def tells_end_users_apart(self) -> bool:

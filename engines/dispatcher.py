@@ -121,6 +121,9 @@ class Dispatcher:
                 queue_timeout=call.timeouts.queue,
                 now=run.arrived_at,
                 rank=CLASSES.index(call.context.urgency),
+                prompt_tokens=call.prompt_tokens_estimate,
+                weight=call.context.weight,
+                program=call.context.program or call.context.session or "",
             )
         )
         return run
@@ -321,9 +324,9 @@ class Dispatcher:
         journal.append(chunk.raw, chunk.num_tokens)
         # The client comes first, the books after.
         if is_first and run.call.stream:
-            self._feed(FirstToken(leg=start.leg))
+            self._feed(FirstToken(leg=start.leg, now=now))
         if chunk.num_tokens and run.watches_progress:
-            self._feed(Tokens(leg=start.leg, num=chunk.num_tokens))
+            self._feed(Tokens(leg=start.leg, num=chunk.num_tokens, now=now))
 
     def _close(self, run: Run) -> None:
         if self._runs.get(run.call.id) is not run:

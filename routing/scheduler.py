@@ -23,6 +23,9 @@ Cause = Literal["done", "refused", "busy", "broken", "lost", "unreachable", "tim
 BUSY_PAUSE_S = 0.1
 """How long a request first stays away from a model whose engine is busy and does not say for how long."""
 
+CutFor = Literal["cancelled", "preempted", "migrated", "drained"]
+"""Why a leg is ended before its time."""
+
 Why = Literal["queue_full", "queue_timeout", "no_healthy_worker", "failed"]
 
 
@@ -40,7 +43,9 @@ class WorkerView(msgspec.Struct, frozen=True):
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """A request has come. ``models``: the one asked for, then its fallbacks. ``rank``: its place among its tenant's
-    own, the lower the sooner."""
+    own, the lower the sooner. ``weight``: its tenant's share, beside the others'. ``program``: which of the tenant's
+    programs it belongs to. ``is_pinned``: it must not be cut by choice. ``tokens_estimate``: the prompt and the longest
+    answer; ``prompt_tokens``: the prompt's part of it."""
 
     request: RequestId
     tenant: TenantId
@@ -49,12 +54,19 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     queue_timeout: float
     now: float
     rank: int = 0
+    prompt_tokens: int = 0
+    weight: float = 1.0
+    program: str = ""
+    is_pinned: bool = True
 
 
 class FirstToken(msgspec.Struct, frozen=True, tag="first_token"):
-    """The leg's first byte is there: from now on the request is bound to this answer."""
+    """The leg's first byte is there: from now on the request is bound to this answer. ``prefilled``: the tokens that
+    the engine really processed for the prompt; None if it does not tell, or not yet."""
 
     leg: LegId
+    now: float
+    prefilled: int | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
@@ -62,15 +74,22 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 
     leg: LegId
     num: int
+    now: float
 
 
 class LegEnded(msgspec.Struct, frozen=True, tag="leg_ended"):
-    """The leg is over and its slot is free; ``retry_after`` is the engine's own advice, in seconds."""
+    """The leg is over and its slot is free; ``retry_after`` is the engine's own advice, in seconds.
+
+    ``can_resume``: another leg can go on where this one ended, so that the client notices nothing. ``prefilled``: as in
+    ``FirstToken``, where the engine tells it only at the end.
+    """
 
     leg: LegId
     cause: Cause
     now: float
     retry_after: float | None = None
+    can_resume: bool = False
+    prefilled: int | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -107,10 +126,13 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """End the leg at once; its ``LegEnded`` follows when the engine has let go."""
+    """End the leg at once; its ``LegEnded`` follows when the engine has let go.
+
+    Unless it was ``cancelled``, the request goes on later, by a ``Start`` on this or another worker.
+    """
 
     leg: LegId
-    why: str
+    why: CutFor
 
 
 class Reject(msgspec.Struct, frozen=True, tag="reject"):

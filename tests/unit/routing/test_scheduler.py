@@ -284,7 +284,11 @@ def test_news_of_a_leg_that_has_ended_says_nothing() -> None:
     leg = world.legs()[0]
     world.end(leg)
 
-    late = (FirstToken(leg=leg), Tokens(leg=leg, num=1), LegEnded(leg=leg, cause="lost", now=world.now))
+    late = (
+        FirstToken(leg=leg, now=world.now),
+        Tokens(leg=leg, num=1, now=world.now),
+        LegEnded(leg=leg, cause="lost", now=world.now),
+    )
 
     assert [world.feed(event) for event in late] == [[], [], []]
 

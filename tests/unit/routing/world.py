@@ -84,10 +84,10 @@ class World:
 
     def first_token(self, leg: str) -> None:
         self.committed.add(self.running[LegId(leg)].request)
-        assert self.feed(FirstToken(leg=LegId(leg))) == []
+        assert self.feed(FirstToken(leg=LegId(leg), now=self.now)) == []
 
     def tokens(self, leg: str, num: int) -> None:
-        assert self.feed(Tokens(leg=LegId(leg), num=num)) == []
+        assert self.feed(Tokens(leg=LegId(leg), num=num, now=self.now)) == []
 
     def cancel(self, request: str) -> list[Effect]:
         name = RequestId(request)
