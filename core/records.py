@@ -4,20 +4,31 @@ from typing import Literal
 
 import msgspec
 
-from core.chat import Usage
+from core.chat import Class, Usage
 from core.ids import TenantId
 
 CLIENT_LEFT = 499
 
 
-class LegRecord(msgspec.Struct, frozen=True):
-    """One run of a request on one worker. ``at_s``: when it began, counted from the request's arrival."""
+CUTS = frozenset({"preempted", "migrated", "drained"})
+"""Causes of legs that were cut by our own choice, to go on later."""
+
+
+class LegRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One run of a request on one worker. ``at_s``: when it began, counted from the request's arrival. ``recomputed``:
+    tokens of prompt and answer that it computed again to go on where an earlier leg was cut; None: it began anew."""
 
     worker: str
     model: str
     at_s: float
     duration_s: float
     cause: str
+    recomputed: int | None = None
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether it went on where an earlier leg was cut."""
+        return self.recomputed is not None
 
 
 class RequestRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -34,6 +45,7 @@ class RequestRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     tenant: TenantId | None = None
     key: str | None = None
     model: str | None = None
+    urgency: Class = "standard"
     asked_model: str | None = None
     worker: str | None = None
     stream: bool = False

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self, assert_never
@@ -34,9 +34,11 @@ from core.errors import (
     WorkerUnreachable,
 )
 from core.ids import ModelName, RequestId, WorkerId
-from engines.driver import Chunk, Driver
+from engines.decider import Decider
+from engines.driver import Chunk, Driver, resumable
 from engines.run import Run
 from engines.tasks import Tasks
+from engines.transcript import read
 from routing.scheduler import (
     Abort,
     Cancel,
@@ -46,7 +48,6 @@ from routing.scheduler import (
     FirstToken,
     LegEnded,
     Reject,
-    Scheduler,
     Start,
     Submit,
     Tick,
@@ -59,6 +60,13 @@ _log = structlog.get_logger(__name__)
 
 # How often deadlines are looked at: they pass at most this much late, and a request needs no timer of its own.
 _WATCH_INTERVAL_S = 0.05
+
+# A stream of a worker that is ill goes on elsewhere after this long a silence, or this many times its longest so far.
+_STALL_S = 2.0
+_STALL_PAUSES = 5.0
+
+# Ends that another leg can make good, if it can go on from where this one ended.
+_FAILURES: frozenset[Cause] = frozenset({"lost", "unreachable", "broken", "timed_out"})
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -76,7 +84,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Decider,
         clock: Clock,
         driver_of: Callable[[WorkerId], Driver | None],
         bounds: Bounds,
@@ -90,6 +98,8 @@ class Dispatcher:
         self._watcher: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
         self._num_settling: Counter[WorkerId] = Counter()
+        self._views: dict[WorkerId, WorkerView] = {}
+        self._workers: dict[ModelName, dict[WorkerId, None]] = {}
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
@@ -111,6 +121,7 @@ class Dispatcher:
         if call.id in self._runs or self._scheduler.knows(call.id):  # clients may send one id twice; the books must not
             call = msgspec.structs.replace(call, id=RequestId(f"{call.id}-{secrets.token_hex(4)}"))
         run = Run(call, self._clock, on_close=self._close, drive=self._run_leg, is_inline=inline)
+        run.is_pinned = self._is_pinned(call)
         self._runs[call.id] = run
         self._feed(
             Submit(
@@ -124,13 +135,35 @@ class Dispatcher:
                 prompt_tokens=call.prompt_tokens_estimate,
                 weight=call.context.weight,
                 program=call.context.program or call.context.session or "",
+                is_pinned=run.is_pinned,
             )
         )
         return run
 
+    def _is_pinned(self, call: Call) -> bool:
+        """Whether the call's answer could not be continued by another leg, as far as the workers' drivers know."""
+        return any(self._is_pinned_on(model, call) for model in (call.model, *call.fallbacks))
+
+    def _is_pinned_on(self, model: ModelName, call: Call) -> bool:
+        for worker in self._workers.get(model, ()):
+            if (driver := self._driver_of(worker)) is not None:  # the workers of a model are alike
+                able = resumable(driver)
+                return able is None or able.exactness(call) == "pinned"
+        return True
+
     def on_worker(self, view: WorkerView) -> None:
-        """Tell the scheduler that a worker has appeared or changed."""
+        """Tell the scheduler that a worker has appeared or changed; legs of an earlier incarnation are lost."""
+        before = self._views.get(view.id)
+        self._views[view.id] = view
+        if before is None or before.model != view.model:
+            if before is not None:
+                del self._workers[before.model][view.id]
+            self._workers.setdefault(view.model, {})[view.id] = None
         self._feed(Worker(view=view, now=self._clock.monotonic()))
+        if before is not None and before.incarnation != view.incarnation:
+            for run in tuple(self._runs.values()):
+                if run.leg is not None and run.leg.worker == view.id and run.incarnation != view.incarnation:
+                    self._end_leg(run, WorkerLost(f"worker {view.id!r} has started anew"))
 
     @property
     def num_open(self) -> int:
@@ -158,9 +191,10 @@ class Dispatcher:
     # Effects
 
     def _feed(self, event: Event) -> None:
-        self._carry_out(self._scheduler.on(event))
+        self.carry_out(self._scheduler.on(event))
 
-    def _carry_out(self, effects: Sequence[Effect]) -> None:
+    def carry_out(self, effects: Sequence[Effect]) -> None:
+        """Do what has been decided. Called from outside for what no event of ours has caused: see ``Decider``."""
         for effect in effects:
             match effect:
                 case Start():
@@ -174,14 +208,8 @@ class Dispatcher:
 
     def _start(self, start: Start) -> None:
         run = self._runs[start.request]
-        run.leg = run.unrecorded = start
-        run.attempts = start.attempt
-        run.cause = "aborted"
-        run.leg_error = None
-        run.retry_after = None
-        now = self._clock.monotonic()
-        run.leg_started_at = run.progress_at = now
-        run.queue_s += now - run.queued_at
+        view = self._views.get(start.worker)
+        run.begin_leg(start, view.incarnation if view is not None else 0, self._clock.monotonic())
         if run.is_inline:
             run.start_inline(start)
             return
@@ -191,15 +219,39 @@ class Dispatcher:
 
     def _abort(self, abort: Abort) -> None:
         run = self._runs.get(RequestId(abort.leg.rpartition("/")[0]))
-        if run is None or run.leg is None:
+        if run is None or run.leg is None or run.leg.leg != abort.leg:
             return
-        # At once: who has closed an answer reads its legs before the cancelled task gets to run.
-        run.record_leg("aborted", self._clock.monotonic())
-        if run.task is not None:
-            run.task.cancel()
-        elif run.pending is not None:  # its reader has not come to it yet; else it has been cut already, and settles
+        now = self._clock.monotonic()
+        if abort.why == "cancelled":
+            run.cut_for = None
+            run.record_leg("aborted", now)
+        elif self._can_resume(run, self._driver_of(run.leg.worker)):
+            run.cut_for = abort.why
+            run.record_leg(abort.why, now)
+        else:
+            return  # better late than lost: the scheduler hears of its end when it comes
+        # Recorded at once: who has closed an answer reads its legs before the cancelled task gets to run.
+        run.end_leg()
+        if run.pending is not None:  # its reader has not come to it yet; else it has been cut already, and settles
             run.pending = None
+            run.can_resume = run.cut_for is not None
             self._leg_done(run, run.leg)
+
+    def _can_resume(self, run: Run, driver: Driver | None) -> bool:
+        """Whether another leg can follow the one that runs now, so that the client notices nothing but a pause."""
+        journal = run.journal
+        if journal.has_ended or run.is_closed:
+            return False
+        if run.transcript is not None:
+            return True
+        if run.has_first_byte or journal.asides:
+            able = resumable(driver)
+            if able is not None and able.exactness(run.call) != "pinned":
+                run.transcript = read(journal)
+        if run.transcript is None and not run.has_first_byte:
+            journal.asides.clear()  # nothing was given: the next leg begins anew
+            return True
+        return run.transcript is not None
 
     def _reject(self, reject: Reject) -> None:
         run = self._runs.get(reject.request)
@@ -230,9 +282,11 @@ class Dispatcher:
             if driver is None:
                 raise WorkerUnreachable(f"worker {start.worker!r} is not running")
             run.watches_progress = driver.reports_progress(call)
-            async with aclosing(driver.run(call)) as chunks:  # type: ignore[type-var] # drivers are generators
+            async with aclosing(self._chunks(run, driver, call)) as chunks:  # type: ignore[type-var] # generators
                 async for chunk in chunks:
                     self._take(run, start, chunk)
+                    if run.is_ending:
+                        raise asyncio.CancelledError
                     # A whole answer is taken at its end: who waits for room in the middle of it waits for ever.
                     if run.call.stream and run.journal.num_undelivered_bytes > self.bounds.undelivered_bytes:
                         await run.room()
@@ -243,12 +297,15 @@ class Dispatcher:
             run.leg_error = error
             run.cause = cause_of(error)
             run.retry_after = error.retry_after
+            run.can_resume = run.cause in _FAILURES and self._can_resume(run, driver)
         except asyncio.CancelledError:
-            run.cause = "aborted" if run.leg_error is None else "timed_out"
+            run.cause = "aborted" if run.leg_error is None else cause_of(run.leg_error)
+            was_meant = run.cut_for is not None or run.leg_error is not None
+            run.can_resume = was_meant and self._can_resume(run, driver)
             run.task = None
             run.record_leg(run.cause, self._clock.monotonic())  # now: its engine may take long to let go
             self._settle_apart(run, start, driver)
-            if run.leg_error is None and not run.journal.has_ended and not run.is_closed:
+            if not was_meant and not run.journal.has_ended and not run.is_closed:
                 raise  # it was not us: an inline run's reader, or the whole dispatcher, is cancelled
             if run.is_inline and (task := asyncio.current_task()) is not None:
                 task.uncancel()  # it was the leg that was meant, not the reader whose task it runs in
@@ -259,9 +316,18 @@ class Dispatcher:
             run.cause = "aborted"  # our fault: the worker is not to blame, and another one would not help
         self._leg_done(run, start)
 
+    def _chunks(self, run: Run, driver: Driver, call: Call) -> AsyncIterator[Chunk]:
+        """Return the answer's chunks, from its beginning or from where the leg before was cut."""
+        if run.transcript is None:
+            return driver.run(call)
+        able = resumable(driver)
+        if able is None:
+            raise WorkerUnreachable(f"the engine of this worker of {call.model!r} cannot continue an answer")
+        return run.transcript.go_on(able, call)
+
     def _settle_apart(self, run: Run, start: Start, driver: Driver | None) -> None:
         """Hold the slot of a leg that was cut until its engine has let go, whatever becomes of the leg's own task."""
-        settling = self._settle(start, driver)
+        settling = self._settle(run, start, driver)
         try:
             task = self._tasks.create_task(settling)
         except RuntimeError:  # the dispatcher has been left
@@ -276,11 +342,13 @@ class Dispatcher:
 
         task.add_done_callback(settled)
 
-    async def _settle(self, start: Start, driver: Driver | None) -> None:
+    async def _settle(self, run: Run, start: Start, driver: Driver | None) -> None:
         try:
             if driver is not None:
                 worker = start.worker
                 await driver.settle(lambda: self._scheduler.num_running(worker) - self._num_settling[worker])
+                if run.cut_for is not None and (able := resumable(driver)) is not None:
+                    await able.park(run.call)
         except Exception:  # noqa: BLE001 - an error here would end every other leg
             _log.exception("settle_failed", leg=start.leg, worker_id=start.worker)
 
@@ -296,7 +364,23 @@ class Dispatcher:
         if run.cause == "done":
             run.journal.complete()
         cause: Cause = "hurried" if run.cause == "timed_out" and run.call.has_own_timeouts else run.cause
-        self._feed(LegEnded(leg=start.leg, cause=cause, now=now, retry_after=run.retry_after))
+        self._feed(
+            LegEnded(
+                leg=start.leg,
+                cause=cause,
+                now=now,
+                retry_after=run.retry_after,
+                can_resume=run.can_resume,
+                prefilled=self._prefilled(run),
+            )
+        )
+
+    def _prefilled(self, run: Run) -> int | None:
+        """Return what the leg that has ended processed of its prompt, if its engine has told."""
+        if run.transcript is not None:
+            return run.prefilled
+        usage = run.journal.usage
+        return usage.prompt_tokens - usage.cached_tokens if usage is not None else None
 
     def _take(self, run: Run, start: Start, chunk: Chunk) -> None:
         """Write what the engine sent into the journal."""
@@ -306,25 +390,33 @@ class Dispatcher:
                 journal.append(chunk.raw, 0)
             return
         now = self._clock.monotonic()
+        if not run.has_progress:
+            run.has_progress = True
+        elif (pause := now - run.progress_at) > run.longest_pause:
+            run.longest_pause = pause
         run.progress_at = now
         if chunk.usage is not None:
             journal.usage = chunk.usage
-        is_first = bool(chunk.raw) and not run.has_first_byte
+        if chunk.aside:
+            journal.asides += chunk.aside
+        is_first = bool(chunk.raw) and not run.has_spoken
         if is_first:
-            run.has_first_byte = True
-            run.served = Served(
-                model=start.model,
-                worker=start.worker,
-                attempts=start.attempt,
-                queue_s=run.queue_s,
-                engine_s=now - run.leg_started_at,
-            )
+            run.has_spoken = True
+            if not run.has_first_byte:
+                run.has_first_byte = True
+                run.served = Served(
+                    model=start.model,
+                    worker=start.worker,
+                    attempts=start.attempt,
+                    queue_s=run.queue_s,
+                    engine_s=now - run.leg_started_at,
+                )
         if journal.num_undelivered_bytes == 0:
             run.lags_since = now
         journal.append(chunk.raw, chunk.num_tokens)
         # The client comes first, the books after.
         if is_first and run.call.stream:
-            self._feed(FirstToken(leg=start.leg, now=now))
+            self._feed(FirstToken(leg=start.leg, now=now, prefilled=run.prefilled))
         if chunk.num_tokens and run.watches_progress:
             self._feed(Tokens(leg=start.leg, num=chunk.num_tokens, now=now))
 
@@ -364,17 +456,22 @@ class Dispatcher:
             self._give_up(run, TotalTimeout(f"the answer was not complete within {timeouts.total:g} s"))
         elif run.task is None or run.leg_error is not None or not run.watches_progress or run.is_held_back:
             return
-        elif not run.has_first_byte and run.progress_at == run.leg_started_at:
+        elif not run.has_progress:
             if now - run.leg_started_at > timeouts.first_token:
                 self._end_leg(run, FirstTokenTimeout(f"the worker sent nothing within {timeouts.first_token:g} s"))
         elif now - run.progress_at > timeouts.idle:
             self._end_leg(run, IdleTimeout(f"the worker stopped sending for {timeouts.idle:g} s"))
+        elif not run.is_pinned and run.leg is not None and now - run.progress_at > _STALL_S:
+            view = self._views.get(run.leg.worker)
+            is_ill = view is not None and not (view.is_ready and view.is_healthy)
+            if is_ill and now - run.progress_at > _STALL_PAUSES * run.longest_pause:
+                self._end_leg(run, WorkerLost(f"worker {run.leg.worker!r} is ill and has stopped sending"))
 
-    def _end_leg(self, run: Run, error: TimedOut) -> None:
-        """End the leg alone: before the first byte another one may follow."""
-        run.leg_error = error
-        if run.task is not None:
-            run.task.cancel()
+    def _end_leg(self, run: Run, error: ForebayError) -> None:
+        """End the leg alone: another one may follow."""
+        if run.task is not None and not run.is_ending:
+            run.leg_error = error
+            run.end_leg()
 
     def _give_up(self, run: Run, error: TimedOut) -> None:
         """End the whole request."""

@@ -1,7 +1,8 @@
 """What Forebay asks of an engine, whatever engine it is."""
 
-from collections.abc import AsyncIterator, Callable
-from typing import Literal, Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -18,12 +19,55 @@ class Chunk(msgspec.Struct):
     ``raw`` goes to the client as it is (whole SSE frames, or a whole body; empty where the piece is only news of
     progress). ``num_tokens`` counts the output tokens in it; ``usage`` is all the engine has reported so far.
     ``is_progress`` is False for keep-alive comments, which say nothing of the work and reset no deadline.
+    ``aside`` is what the client does not see and a later leg may need (see ``Resumable``): of a stream, the lists of
+    token ids that were cut out of ``raw``, in their order; of a whole answer under way, the engine's frames.
     """
 
     raw: bytes
     num_tokens: int = 0
     usage: Usage | None = None
     is_progress: bool = True
+    aside: Sequence[bytes] = ()
+
+
+Exactness = Literal["token", "prefix", "pinned"]
+"""What becomes of an answer that is cut and continued. ``token``: it equals the undisturbed one. ``prefix``: what was
+given stays, and the rest is what the engine gives for prompt and given tokens. ``pinned``: it cannot be continued."""
+
+
+class Continuation(msgspec.Struct, frozen=True):
+    """What a call has been answered by legs that were cut: ``texts`` are the pieces that were delivered, as they came,
+    no more and no less.
+
+    ``prompt_ids`` and ``ids`` are the prompt's and the text's token ids where the engine has told them; ``ids`` may say
+    more than the text, where an engine holds text back.
+    """
+
+    texts: Sequence[str]
+    prompt_ids: list[int] | None = None
+    ids: list[int] | None = None
+
+    @property
+    def text(self) -> str:
+        """All that was delivered."""
+        return "".join(self.texts)
+
+
+class Piece(msgspec.Struct):
+    """A piece of an answer that goes on: ``text`` with the ``num_tokens`` it took, and their ``ids`` where known.
+
+    ``ending`` says why the answer ends here, by the engine's own fields (``finish_reason``, maybe ``stop_reason``).
+    ``usage`` is that of the whole answer so far: the prompt as the first leg had it, and all output tokens; a leg
+    begins with that of its past and ends with all. ``prefilled`` counts the tokens that this leg processed anew before
+    it could go on.
+    """
+
+    text: str = ""
+    num_tokens: int = 0
+    ids: list[int] | None = None
+    ending: dict[str, Any] | None = None
+    usage: Usage | None = None
+    prefilled: int | None = None
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -38,7 +82,7 @@ class Capabilities(msgspec.Struct, frozen=True):
     """What the start-up probe has proven. A False means "not shown", never "assumed".
 
     ``context_tokens`` is what one request may use, prompt and answer together (None: the engine does not tell).
-    ``endpoints`` are paths that answered.
+    ``endpoints`` are paths that answered. ``continuation``: an answer that was cut can be continued.
     """
 
     endpoints: tuple[str, ...] = ()
@@ -95,3 +139,34 @@ class Driver(Protocol):
 
     async def close(self) -> None:
         """Close every connection."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A driver that can go on with an answer which another leg has begun, on this worker or on another."""
+
+    def exactness(self, call: Call) -> Exactness:
+        """Return how well an answer to the call can be continued. Costs microseconds; asks nobody."""
+
+    def resume(self, call: Call, past: Continuation) -> AsyncIterator[Piece]:
+        """Go on after ``past`` and yield what follows, up to an ``ending``. Cancelling and errors are ``run``'s.
+
+        The limits of the call hold for the whole answer: where ``past`` has used them up, the engine is not asked.
+        """
+
+    async def park(self, call: Call) -> None:
+        """Keep what the engine still holds of a call whose leg was cut and which will go on, if that can be done.
+
+        Called once the engine has let go of the leg, before its slot counts as free. Never raises.
+        """
+
+
+def resumable(driver: Driver | None) -> Resumable | None:
+    """Return the driver if it is ``Resumable`` too."""
+    kind: type = type(driver)
+    return cast(Resumable, driver) if _is_resumable(kind) else None
+
+
+@lru_cache(maxsize=64)
+def _is_resumable(kind: type) -> bool:
+    return issubclass(kind, Resumable)  # takes ten microseconds: asked once a kind

@@ -8,8 +8,9 @@ from core.clock import Clock
 from core.completer import Served
 from core.errors import ForebayError
 from core.records import LegRecord
+from engines.transcript import Transcript
 from routing.journal import Journal
-from routing.scheduler import Cause, Start
+from routing.scheduler import Cause, CutFor, Start
 
 
 class Run:
@@ -18,9 +19,12 @@ class Run:
     Times are monotonic seconds. ``reader`` is the consumer's task, if it wants to be cancelled when it has not taken
     anything for ``client_idle``; ``lags_since`` is since when something has waited for it.
 
-    An ``is_inline`` run has no tasks of its own: its legs are driven, each to its end, by whoever awaits
-    ``first_byte``, which saves two task switches a request. Its ``sink`` takes a stream's frames meanwhile, the first
-    too, or returns False when it cannot; ``push`` tries again. What it has not taken is left for ``chunks``.
+    An ``is_inline`` run has no tasks of its own: its legs are driven, one after the other and each to its end, by
+    whoever awaits ``first_byte``, which saves two task switches a request. Its ``sink`` takes a stream's frames
+    meanwhile, the first too, or returns False when it cannot; ``push`` tries again. What it has not taken is left for
+    ``chunks``.
+
+    ``transcript`` is there once a leg was cut and another can go on.
     """
 
     __slots__ = (
@@ -33,16 +37,25 @@ class Run:
         "_waiter",
         "arrived_at",
         "attempts",
+        "can_resume",
         "cause",
+        "cut_for",
         "has_first_byte",
+        "has_progress",
+        "has_spoken",
+        "incarnation",
         "is_cut",
+        "is_ending",
         "is_inline",
+        "is_pinned",
+        "is_resumed",
         "journal",
         "lags_since",
         "leg",
         "leg_error",
         "leg_started_at",
         "legs",
+        "longest_pause",
         "pending",
         "progress_at",
         "queue_s",
@@ -52,6 +65,7 @@ class Run:
         "served",
         "sink",
         "task",
+        "transcript",
         "unrecorded",
         "watches_progress",
     )
@@ -95,10 +109,47 @@ class Run:
         self.leg_started_at = now
         self.progress_at = now
         self.watches_progress = False
-        self.has_first_byte = False
+        self.incarnation = 0
+        self.has_progress = False
+        self.has_spoken = False
+        self.longest_pause = 0.0
+        self.is_ending = False
+        self.cut_for: CutFor | None = None
+        self.can_resume = False
+        self.is_resumed = False
         self.cause: Cause = "aborted"
         self.leg_error: ForebayError | None = None
         self.retry_after: float | None = None
+        # All legs together.
+        self.is_pinned = True
+        self.has_first_byte = False
+        self.transcript: Transcript | None = None
+
+    def begin_leg(self, start: Start, incarnation: int, now: float) -> None:
+        """Forget how the leg before has ended: another one begins."""
+        self.leg = self.unrecorded = start
+        self.attempts = start.attempt
+        self.incarnation = incarnation
+        self.leg_started_at = self.progress_at = now
+        self.queue_s += now - self.queued_at
+        self.has_progress = self.has_spoken = self.is_ending = self.can_resume = False
+        self.is_resumed = self.transcript is not None
+        self.longest_pause = 0.0
+        self.cut_for = None
+        self.cause = "aborted"
+        self.leg_error = None
+        self.retry_after = None
+
+    def end_leg(self) -> None:
+        """Stop what the leg's task does, wherever it waits; only the first time counts.
+
+        A leg that ends itself (its own news have made the scheduler cut it) waits for nothing: it looks at
+        ``is_ending`` before it goes on.
+        """
+        if self.task is not None and not self.is_ending:
+            self.is_ending = True
+            if self.task is not asyncio.current_task():
+                self.task.cancel()
 
     def cut(self) -> None:
         """End the reader that takes nothing, wherever it waits."""
@@ -112,12 +163,25 @@ class Run:
         """Whether nobody wants the answer any more."""
         return self._is_closed
 
-    def record_leg(self, cause: Cause, now: float) -> None:
+    def record_leg(self, cause: Cause | CutFor, now: float) -> None:
         """Note that the leg which runs now has ended, or will be no more use; only the first time counts."""
         start, self.unrecorded = self.unrecorded, None
         if start is not None:
             began = self.leg_started_at
-            self.legs.append(LegRecord(start.worker, start.model, began - self.arrived_at, now - began, cause))
+            at_s, duration_s = began - self.arrived_at, now - began
+            recomputed = self._recomputed() if self.is_resumed else None
+            self.legs.append(LegRecord(start.worker, start.model, at_s, duration_s, cause, recomputed))
+
+    def _recomputed(self) -> int:
+        transcript = self.transcript
+        if transcript is None or not self.has_progress:
+            return 0
+        return transcript.at_most if transcript.prefilled is None else transcript.prefilled
+
+    @property
+    def prefilled(self) -> int | None:
+        """The tokens that this leg processed anew before it went on; None for a first leg, and if it does not tell."""
+        return self.transcript.prefilled if self.transcript is not None else None
 
     def start_inline(self, start: Start) -> None:
         """Leave a leg to whoever awaits ``first_byte``."""
@@ -140,10 +204,10 @@ class Run:
         return self.journal.error
 
     async def first_byte(self) -> Served:
-        """Wait until the answer is sure to follow; see ``Answer.first_byte``."""
+        """Wait until the answer is sure to follow, or, inline, until all of it is there; see ``Answer.first_byte``."""
         journal = self.journal
         is_stream = journal.call.stream
-        while not journal.has_ended and not (is_stream and journal.frames):
+        while not journal.has_ended and (self.is_inline or not (is_stream and journal.frames)):
             start = self.pending
             if start is None:
                 await self._changed()

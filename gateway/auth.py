@@ -4,17 +4,17 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from core.chat import CLASSES, Class, Endpoint
 from core.errors import EndpointNotAllowed, InvalidKey, KeysUnavailable, ModelNotAllowed, TenantSuspended
 from core.ids import ModelName, TenantId
-from core.tenancy import Key, Role, Tenant
+from core.tenancy import Budget, Key, Role, Tenant
 
 PREFIX = "fbk_"
 
@@ -120,6 +120,16 @@ class Operator(msgspec.Struct, frozen=True):
     role: Role
 
 
+class OwnedBudget(NamedTuple):
+    """A budget, and whose it is: a tenant's or a key's (``subject``, ``id``); ``position``: which one of theirs."""
+
+    subject: Literal["tenant", "key"]
+    id: str
+    tenant: TenantId
+    position: int
+    budget: Budget
+
+
 _ROLES = ("viewer", "operator", "policy", "admin")
 
 
@@ -154,6 +164,15 @@ class Keyring:
         return any(tenant.budgets or tenant.end_user_budgets for tenant in self.tenants.values()) or any(
             key.budgets for key in self.keys.values()
         )
+
+    def budgets(self) -> Iterator[OwnedBudget]:
+        """Yield the budgets of all tenants and keys."""
+        for tenant in self.tenants.values():
+            for position, budget in enumerate(tenant.budgets):
+                yield OwnedBudget("tenant", tenant.id, tenant.id, position, budget)
+        for key in self.keys.values():
+            for position, budget in enumerate(key.budgets):
+                yield OwnedBudget("key", key.id, key.tenant, position, budget)
 
     def identify(self, headers: Mapping[bytes, bytes], now: float) -> Principal:
         """Return who sent these headers (``Authorization: Bearer``, ``x-api-key`` or ``api-key``).

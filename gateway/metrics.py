@@ -8,15 +8,16 @@ Prometheus's ``instance``, and share nothing.
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from core.chat import Usage
 from core.errors import ConnectionLimit, ForebayError, LimitsUnavailable, RateLimited
-from core.records import CLIENT_LEFT, RequestRecord
+from core.records import CLIENT_LEFT, CUTS, RequestRecord
 from core.tenancy import PICO_PER_USD
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -24,7 +25,13 @@ _OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
+_MAX_TENANTS = 50
+
 _Numbers = Mapping[tuple[str, ...], float]
+
+
+# How a leg that went on has ended: of those that were aborted, the client had left.
+_OUTCOMES: Mapping[str, str] = {"done": "done", "aborted": "left", **dict.fromkeys(CUTS, "cut")}
 
 
 class WorkerVitals(msgspec.Struct, frozen=True):
@@ -42,7 +49,9 @@ class Vitals(msgspec.Struct, frozen=True):
     """How the process and its surroundings are at one moment. None: there is no such thing here.
 
     ``queues``: waiting requests by model. ``redis_errors``: failed commands by operation, since the start.
-    ``revision`` names the settings in force.
+    ``revision`` names the settings in force. ``budgets``: how many there are, by what is left of them. ``waste_left``:
+    tokens that may be computed again for fairness' sake, by model. ``num_replicas``: gateways that schedule as one;
+    ``roles``: what this one is to them, by model.
     """
 
     workers: tuple[WorkerVitals, ...] = ()
@@ -55,6 +64,10 @@ class Vitals(msgspec.Struct, frozen=True):
     revision: str = "file"
     num_traces_exported: int = 0
     num_traces_dropped: int = 0
+    budgets: Mapping[str, int] = {}
+    waste_left: Mapping[str, float] = {}
+    num_replicas: int | None = None
+    roles: Mapping[str, str] = {}
 
 
 class Metrics:
@@ -126,14 +139,13 @@ class _Line:
     """What is counted of one model on one endpoint."""
 
     __slots__ = (
-        "cached", "cost", "duration", "first_byte", "input", "num_left", "output", "overhead", "per_token", "queue"
+        "cached", "cost", "duration", "first_byte", "input", "num_left", "output", "overhead", "per_token"
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.duration = _Distribution(_LATENCY)
         self.first_byte = _Distribution(_LATENCY)
         self.per_token = _Distribution(_PER_TOKEN)
-        self.queue = _Distribution(_LATENCY)
         self.overhead = _Distribution(_OVERHEAD)
         self.input = self.output = self.cached = self.cost = self.num_left = 0
 
@@ -142,7 +154,6 @@ class _Line:
         first_byte_s = record.first_byte_s
         if first_byte_s is not None:
             self.first_byte.observe(first_byte_s)
-            self.queue.observe(record.queue_s)
         if record.overhead_s is not None:
             self.overhead.observe(record.overhead_s)
         if (usage := record.usage) is not None:
@@ -167,6 +178,11 @@ class _Traffic(Collector):
         self._fallbacks: dict[tuple[str, ...], int] = {}
         self._errors: dict[tuple[str, ...], int] = {}
         self._rejections: dict[tuple[str, ...], int] = {}
+        self._waits: dict[tuple[str, str], _Distribution] = {}
+        self._tenants: dict[str, list[int]] = {}
+        self._cuts: dict[tuple[str, ...], int] = {}
+        self._resumes: dict[tuple[str, ...], int] = {}
+        self._recomputed: dict[tuple[str, ...], int] = {}
 
     def observe(self, record: RequestRecord) -> None:
         model, endpoint = record.model, record.endpoint
@@ -178,21 +194,48 @@ class _Traffic(Collector):
         if line is None:
             line = self._lines[model, endpoint] = _Line()
         line.observe(record)
+        if record.first_byte_s is not None:
+            wait = self._waits.get((model, record.urgency))
+            if wait is None:
+                wait = self._waits[model, record.urgency] = _Distribution(_LATENCY)
+            wait.observe(record.queue_s)
+        if record.usage is not None and record.tenant is not None:
+            self._observe_tenant(record.tenant, record.usage)
         if len(record.legs) > 1:
-            for leg in record.legs[:-1]:
-                _add_one(self._retries, (leg.model, leg.cause))
+            self._observe_legs(record)
         if record.asked_model is not None and record.asked_model != model:
-            _add_one(self._fallbacks, (record.asked_model, model))
+            _add(self._fallbacks, (record.asked_model, model))
+
+    def _observe_tenant(self, tenant: str, usage: Usage) -> None:
+        """Add to what the tenant was given; the first tenants have a line each, as counters may not change places."""
+        tokens = self._tenants.get(tenant)
+        if tokens is None:
+            name = tenant if len(self._tenants) < _MAX_TENANTS else "other"
+            tokens = self._tenants.setdefault(name, [0, 0])
+        tokens[0] += usage.prompt_tokens
+        tokens[1] += usage.completion_tokens
+
+    def _observe_legs(self, record: RequestRecord) -> None:
+        """Count what cut each leg, and what came of those that followed."""
+        for leg, following in pairwise(record.legs):
+            if leg.cause in CUTS:
+                _add(self._cuts, (leg.model, leg.cause))
+            elif not following.is_resumed:
+                _add(self._retries, (leg.model, leg.cause))
+            if following.recomputed is not None:
+                outcome = _OUTCOMES.get(following.cause, "failed")
+                _add(self._resumes, (leg.model, leg.cause, outcome))
+                _add(self._recomputed, (leg.model, leg.cause), following.recomputed)
 
     def observe_error(self, record: RequestRecord, error: ForebayError) -> None:
         # The class's code, not the error's own: that may be an engine's, and engines say what they like.
-        _add_one(self._errors, (record.model or "other", type(error).code))
+        _add(self._errors, (record.model or "other", type(error).code))
         if isinstance(error, RateLimited):
-            _add_one(self._rejections, ((error.measure or "other").replace(" ", "_"),))
+            _add(self._rejections, ((error.measure or "other").replace(" ", "_"),))
         elif isinstance(error, ConnectionLimit):
-            _add_one(self._rejections, ("connections",))
+            _add(self._rejections, ("connections",))
         elif isinstance(error, LimitsUnavailable):
-            _add_one(self._rejections, ("unavailable",))
+            _add(self._rejections, ("unavailable",))
 
     def collect(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("forebay_requests", "Requests answered.", labels=("model", "endpoint", "code"))
@@ -206,7 +249,10 @@ class _Traffic(Collector):
             "Time between a stream's first and last byte, per token after the first; a request's mean counts once.",
             "per_token",
         )
-        yield self._histogram("forebay_queue_wait_seconds", "Wait for a worker.", "queue")
+        waits = HistogramMetricFamily("forebay_queue_wait_seconds", "Wait for a worker.", labels=("model", "class"))
+        for names, wait in self._waits.items():
+            wait.add_to(waits, names)
+        yield waits
         yield self._histogram("forebay_overhead_seconds", "Time spent in Forebay itself.", "overhead")
         tokens = CounterMetricFamily(
             "forebay_tokens", "Tokens metered; cached ones are part of the input.", labels=("model", "endpoint", "type")
@@ -224,7 +270,27 @@ class _Traffic(Collector):
             spend.add_metric(labels, line.cost / PICO_PER_USD)
             left.add_metric(labels, line.num_left)
         yield from (tokens, spend, left)
-        yield _counter("forebay_retries", "Legs followed by another, by their end.", ("model", "cause"), self._retries)
+        yield _counter("forebay_retries", "Legs tried again, by their end.", ("model", "cause"), self._retries)
+        yield _counter("forebay_cuts", "Legs cut to go on later, by the reason.", ("model", "cause"), self._cuts)
+        yield _counter(
+            "forebay_resumes",
+            "Legs that went on where one was cut or lost, by its end and by theirs.",
+            ("model", "cause", "outcome"),
+            self._resumes,
+        )
+        yield _counter(
+            "forebay_recomputed_tokens",
+            "Tokens computed again to go on, by the end of the leg before.",
+            ("model", "cause"),
+            self._recomputed,
+        )
+        tenants = CounterMetricFamily(
+            "forebay_tenant_tokens", "Tokens that tenants were given.", labels=("tenant", "type")
+        )
+        for tenant, (read, written) in self._tenants.items():
+            tenants.add_metric((tenant, "input"), read)
+            tenants.add_metric((tenant, "output"), written)
+        yield tenants
         yield _counter(
             "forebay_fallbacks", "Requests that another model answered.", ("model", "answered_by"), self._fallbacks
         )
@@ -263,6 +329,14 @@ class _Gauges(Collector):
         yield GaugeMetricFamily(
             "forebay_records_waiting", "Request records not written yet.", vitals.num_records_waiting
         )
+        budgets: _Numbers = {(state,): count for state, count in vitals.budgets.items()}
+        yield _gauge("forebay_budgets", "Budgets of tenants and keys, by what is left of them.", ("state",), budgets)
+        left: _Numbers = {(model,): tokens for model, tokens in vitals.waste_left.items()}
+        yield _gauge("forebay_waste_budget_tokens", "Tokens that preemption may have computed again.", ("model",), left)
+        if vitals.num_replicas is not None:
+            yield GaugeMetricFamily("forebay_replicas", "Gateways that schedule as one.", vitals.num_replicas)
+            roles: _Numbers = {(model, role): 1 for model, role in vitals.roles.items()}
+            yield _gauge("forebay_scheduling_role", "Who decides for a shared model.", ("model", "role"), roles)
         yield _gauge("forebay_config_info", "The settings in force.", ("revision",), {(vitals.revision,): 1})
         yield _gauge("forebay_build_info", "What runs.", ("version",), {(self._version,): 1})
         yield CounterMetricFamily(
@@ -293,8 +367,8 @@ def _workers(workers: tuple[WorkerVitals, ...]) -> Iterator[Metric]:
     yield _counter("forebay_worker_restarts", "Starts after the first.", label, restarts)
 
 
-def _add_one(counts: dict[tuple[str, ...], int], key: tuple[str, ...]) -> None:
-    counts[key] = counts.get(key, 0) + 1
+def _add(counts: dict[tuple[str, ...], int], key: tuple[str, ...], number: int = 1) -> None:
+    counts[key] = counts.get(key, 0) + number
 
 
 def _counter(name: str, help_text: str, labels: tuple[str, ...], counts: _Numbers) -> CounterMetricFamily:

@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from core.chat import Endpoint
-from core.records import CLIENT_LEFT, LegRecord, RequestRecord
+from core.records import CLIENT_LEFT, CUTS, LegRecord, RequestRecord
 from core.tenancy import PICO_PER_USD
 from gateway.tracing import Finished, Trace
 
@@ -34,7 +34,7 @@ _OPERATIONS = {
     Endpoint.COMPLETIONS: "text_completion",
     Endpoint.EMBEDDINGS: "embeddings",
 }
-_GOOD_ENDS = frozenset({"done", "aborted"})
+_GOOD_ENDS = frozenset({"done", "aborted"}) | CUTS
 
 _Attributes = dict[str, str | int | float | bool]
 
@@ -132,7 +132,8 @@ class Exporter:
         return attributes
 
     def _leg_attributes(self, leg: LegRecord, operation: str) -> _Attributes:
-        return {
+        resumed: _Attributes = {} if leg.recomputed is None else {"forebay.leg.recomputed_tokens": leg.recomputed}
+        return resumed | {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": self._provider(leg.worker),
             "gen_ai.request.model": leg.model,

@@ -17,8 +17,12 @@ from gateway.settings.paths import Path, Source, dotted, leaves, resolved, shown
 from gateway.settings.sources import checked
 
 CONFIG = "config"
-POLICIES: Mapping[str, frozenset[str]] = {"fairness": frozenset({"queue", "retry", "defaults"})}
-"""The sections that belong to a kind of policy; all others belong to ``config``."""
+POLICIES: Mapping[str, tuple[Path, ...]] = {
+    "fairness": (
+        ("fairness",), ("models", "*", "fairness"), ("tenants", "*", "weight"), ("queue",), ("retry",), ("defaults",),
+    ),
+}  # fmt: skip
+"""The places that belong to a kind of policy, with all below them; ``*``: any name. Others belong to ``config``."""
 
 RESOURCES = (CONFIG, *POLICIES)
 
@@ -118,9 +122,13 @@ def diff(old: Effective, new: Effective) -> tuple[Change, ...]:
     )
 
 
-def values(of: Effective) -> tuple[Value, ...]:
-    """Return every value that holds, fit to be shown, with its source."""
-    return tuple(Value(dotted(path), shown(path, value), of.provenance[path]) for path, value in leaves(of.settings))
+def values(of: Effective, resource: str | None = None) -> tuple[Value, ...]:
+    """Return every value that holds, or those that belong to a resource, fit to be shown, with their source."""
+    return tuple(
+        Value(dotted(path), shown(path, value), of.provenance[path])
+        for path, value in leaves(of.settings)
+        if resource is None or owner(path) == resource
+    )
 
 
 def tree(of: Effective) -> dict[str, Any]:
@@ -139,7 +147,11 @@ def in_force(revisions: Sequence[Revision], now: float) -> Revision | None:
 
 def owner(path: Path) -> str:
     """Return the resource that a place belongs to."""
-    return next((kind for kind, sections in POLICIES.items() if path[0] in sections), CONFIG)
+    return next((kind for kind, places in POLICIES.items() if any(_covers(place, path) for place in places)), CONFIG)
+
+
+def _covers(place: Path, path: Path) -> bool:
+    return len(place) <= len(path) and all(name in ("*", part) for name, part in zip(place, path, strict=False))
 
 
 def _placed(

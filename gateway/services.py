@@ -1,10 +1,12 @@
 """The composition root: the only place that knows every part, and puts them together."""
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 import msgspec
 
+from core.chat import CLASSES
 from core.clock import Clock, SystemClock
 from core.ids import ModelName, TenantId, WorkerId
 from core.tenancy import Key, Price, Stored
@@ -26,14 +28,16 @@ from gateway.limits import open_limiter
 from gateway.live import Live
 from gateway.metrics import Metrics
 from gateway.overlays import Overlays
-from gateway.settings import BUILT_IN_KEY, Settings, SettingsError
+from gateway.replicas import Replicas, is_shared, replicas_of
+from gateway.settings import BUILT_IN_KEY, FairnessSettings, Settings, SettingsError
 from gateway.spending import Spending
 from gateway.tenants import declared_keys, declared_tenants, price_of
 from gateway.tracing import Tracing
 from gateway.upkeep import Upkeep
 from gateway.vitals import vitals_of
 from routing.catalog import Catalog
-from routing.scheduler import Limits, Scheduler, WorkerView
+from routing.fairness.policy import Fairness
+from routing.scheduler import Effect, Limits, Scheduler, WorkerView
 from storage.sql.audit import Audit
 from storage.sql.database import FILE_NAME, Database, sqlite_url
 from storage.sql.ledger import Ledger
@@ -76,6 +80,8 @@ class Services(msgspec.Struct, frozen=True):
     admission: Admission
     books: Books
     supervisor: Supervisor
+    scheduler: Scheduler | Replicas
+    replicas: Replicas | None
     dispatcher: Dispatcher
     chat: ChatService
     egress: Egress
@@ -106,7 +112,20 @@ async def open_services(
     clock = SystemClock()
     settings = live.settings
     fleet = await fleet_of(settings, localize)
-    scheduler = Scheduler(_limits(settings))
+    own = Scheduler(_limits(settings), fairness_by_model(settings))
+
+    def carry_out(effects: Sequence[Effect]) -> None:
+        dispatcher.carry_out(effects)
+
+    replicas = replicas_of(
+        settings.redis,
+        clock,
+        own,
+        lambda: Scheduler(_limits(live.settings), fairness_by_model(live.settings)),
+        is_shared=lambda model: is_shared(live.settings, model),
+        carry_out=carry_out,
+    )
+    scheduler = replicas or own
     metrics = Metrics()
 
     def on_change(status: WorkerStatus) -> None:
@@ -118,7 +137,7 @@ async def open_services(
         clock,
         settings.state_dir / "logs",
         on_change,
-        num_running=scheduler.num_running,
+        num_running=replicas.num_running_here if replicas is not None else own.num_running,
         env=env,
         visible_devices=fleet.visible_devices,
     )
@@ -148,6 +167,7 @@ async def open_services(
     async with (
         _tracing(live, supervisor) as tracing,
         open_limiter(settings.redis, clock) as counting,
+        replicas or nullcontext(),
         database,
         upkeep,
         directory,
@@ -164,6 +184,9 @@ async def open_services(
                 catalog=live.catalog,
                 books=books,
                 directory=directory,
+                spending=spending,
+                scheduler=scheduler,
+                clock=clock,
                 tracing=tracing,
                 redis=counting.redis,
                 revision=live.digest,
@@ -175,7 +198,9 @@ async def open_services(
         def follow() -> None:
             nonlocal prices
             prices = _prices(live.settings)
-            scheduler.limits = _limits(live.settings)
+            for one in replicas.schedulers() if replicas is not None else (own,):
+                one.limits = _limits(live.settings)
+                one.fairness = fairness_by_model(live.settings)
             dispatcher.bounds = _bounds(live.settings)
             directory.redeclare()
 
@@ -195,6 +220,8 @@ async def open_services(
             admission=Admission(counting.limiter, clock, lambda: spending.spent, lambda: prices),
             books=books,
             supervisor=supervisor,
+            scheduler=scheduler,
+            replicas=replicas,
             dispatcher=dispatcher,
             chat=ChatService(dispatcher),
             egress=Egress(Policy(**settings.egress.model_dump())),
@@ -244,6 +271,7 @@ def view_of(status: WorkerStatus) -> WorkerView:
         may_return=status.is_wanted,
         max_inflight=status.max_inflight,
         incarnation=status.restarts,
+        is_draining=status.state is State.DRAINING,
     )
 
 
@@ -258,6 +286,20 @@ def _limits(settings: Settings) -> Limits:
         attempts=settings.retry.attempts,
         max_retry_after=settings.retry.max_retry_after,
     )
+
+
+def fairness_by_model(settings: Settings) -> Mapping[ModelName, Fairness]:
+    """Return the rule of each model: its own, or that of all."""
+    return {
+        ModelName(name): fairness_of(model.fairness or settings.fairness) for name, model in settings.models.items()
+    }
+
+
+def fairness_of(settings: FairnessSettings) -> Fairness:
+    """Return a rule as decisions know it; ranks are places in ``core.chat.CLASSES``."""
+    wanted = [getattr(settings.targets, name) for name in CLASSES]
+    targets = tuple(math.inf if target is None else target for target in wanted) if any(wanted) else ()
+    return Fairness(**settings.model_dump(exclude={"targets"}), targets=targets)
 
 
 def _bounds(settings: Settings) -> Bounds:

@@ -101,6 +101,7 @@ def _tenant(name: str, spec: TenantSettings, settings: Settings, catalog: Catalo
         end_user_budgets=budgets_of(spec.end_users.budgets),
         ceilings=ceilings_of(spec.ceilings or settings.defaults.ceilings),
         max_class=spec.max_class,
+        weight=spec.weight,
     )
 
 

@@ -41,4 +41,10 @@ _WRITTEN = WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, 
 
 Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0), _WRITTEN]
 Bytes = Annotated[int, BeforeValidator(num_bytes), Field(gt=0), _WRITTEN]
+CountOrZero = Annotated[
+    int,
+    BeforeValidator(count),
+    Field(ge=0),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]}),
+]
 Count = Annotated[int, BeforeValidator(count), Field(gt=0), _WRITTEN]

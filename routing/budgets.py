@@ -62,17 +62,22 @@ class Spent:
                     self._used[subject, period, "tokens"] += entry.tokens
                     self._used[subject, period, "usd"] += entry.cost
 
+    def used(self, subject: Subject, budget: Budget, now: float) -> int:
+        """Return what the subject has used of its budget in the period of this moment (Unix time)."""
+        if first_day(budget.period, self.day) != first_day(budget.period, day_of(now)):
+            return 0  # the ledger has not been read since the period began
+        return self._used.get((subject, budget.period, budget.unit), 0)
+
     def meter(self, subject: Subject, budget: Budget, amount: int, now: float) -> Meter:
         """Return the meter that a request which may use ``amount`` needs room in."""
         day = day_of(now)
         start = first_day(budget.period, day)
-        is_known = first_day(budget.period, self.day) == start
         return Meter(
             key=f"budget/{'/'.join(subject)}/{budget.unit}/{budget.period}/{start}",
             kind="period",
             limit=budget.amount,
             amount=amount,
-            seed=self._used.get((subject, budget.period, budget.unit), 0) if is_known else 0,
+            seed=self.used(subject, budget, now),
             ends_at=ends_at(budget.period, day),
         )
 

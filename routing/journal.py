@@ -17,9 +17,12 @@ class Journal:
 
     ``frames`` holds whole SSE frames (or one body) in delivery order and only grows. ``error`` and ``is_complete``
     say how it ended; nothing is appended afterwards. ``on_change`` is called after every append and at the end.
+    ``asides`` holds what the client never sees and a leg that goes on from here needs: token ids, or the frames of a
+    whole answer that is not whole yet.
     """
 
     __slots__ = (
+        "asides",
         "call",
         "error",
         "frames",
@@ -34,6 +37,7 @@ class Journal:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.frames: list[bytes] = []
+        self.asides: list[bytes] = []
         self.num_bytes = 0
         self.num_delivered_bytes = 0
         self.num_tokens = 0

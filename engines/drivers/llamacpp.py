@@ -2,18 +2,22 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 
-from core.chat import Call, Endpoint
-from core.errors import ForebayError, UpstreamError
-from engines.driver import Capabilities, Chunk, Health, Load
+from core.chat import Call, Endpoint, Usage
+from core.errors import ForebayError, UpstreamBroken, UpstreamError
+from core.ids import RequestId, TenantId
+from engines.driver import Capabilities, Chunk, Continuation, Exactness, Health, Load, Piece
 from engines.drivers.llamacpp_answers import AnswerAssembler
 from engines.drivers.llamacpp_requests import Json, Plan, edit_request
-from engines.drivers.llamacpp_slots import SlotBook
-from engines.drivers.sse import StreamReader
+from engines.drivers.llamacpp_server import slot_files
+from engines.drivers.llamacpp_slots import Seat, SlotBook
+from engines.drivers.pinning import may_be_cut
+from engines.drivers.sse import StreamReader, json_of, split
 from engines.drivers.wire import Wire
 from engines.engine import Command
 from engines.spec import WorkerSpec
@@ -23,6 +27,10 @@ _SETTLE_POLL_S = 0.05
 _STREAM_OPTIONS = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS})
 # Where llama.cpp reads ``id_slot`` and ``cache_prompt``, and where the prompt is; elsewhere it drops both.
 _PLACED = {Endpoint.CHAT: "messages", Endpoint.COMPLETIONS: "prompt", Endpoint.RESPONSES: "input"}
+_NOT_OF_COMPLETIONS = frozenset({"messages", "chat_template_kwargs", "add_generation_prompt", "tools", "tool_choice",
+                                 "parallel_tool_calls", "response_format", "logprobs"})  # fmt: skip
+_THOUGHTS = ("think", "reasoning", "<|channel|>")  # in a template: the chat endpoint takes such text out of the answer
+_PARK_TIMEOUT_S = 10.0
 
 
 class LlamaCppDriver:
@@ -31,14 +39,23 @@ class LlamaCppDriver:
     Chooses the engine's slots, so that no tenant is served from another's cache; see ``SlotBook``. For that the engine
     has to be ours alone, and to keep nothing of what cannot be placed: ours is started so, an attached one needs
     ``--no-cache-prompt --cache-ram 0``. Caches are used once ``capabilities`` has told how many slots there are.
+
+    What a slot holds of an answer that was cut is used when the answer goes on: in the slot itself if nobody else has
+    had it (llama.cpp leaves it as it was when the connection closed), or from one of the ``slot_files`` that the engine
+    has. A file holds one request's slot and is given to that request alone.
     """
 
-    def __init__(self, base_url: str, api_key: str | None, *, served_name: str) -> None:
+    def __init__(
+        self, base_url: str, api_key: str | None, *, served_name: str, slot_files: tuple[str, ...] = ()
+    ) -> None:
         # llama.cpp closes some connections right after an answer that promised to keep them (measured: one in ten).
         self._wire = Wire(base_url, api_key, reuses_connections=False)
         self._served_name = served_name
         self._context_tokens: int | None = None
         self._book = SlotBook()
+        self._can_continue = self._can_continue_chats = self._parts_alike = False
+        self._free_files = list(slot_files)
+        self._files: dict[tuple[TenantId, RequestId], str] = {}  # whose slot each file holds, the oldest first
 
     async def run(self, call: Call) -> AsyncIterator[Chunk]:
         """Run the call and yield its answer; see ``Driver.run``."""
@@ -48,23 +65,139 @@ class LlamaCppDriver:
                 async for chunk in self._answer(call, edited, plan):
                     yield chunk
             return
-        book = self._book
-        seat = await book.seat(call.context.tenant, msgspec.json.encode(edited.get(_PLACED[call.endpoint])))
-        edited["cache_prompt"] = seat.is_cached
-        if seat.slot is not None:
-            edited["id_slot"] = seat.slot
-        has_ended = False
-        try:
+        prompt = msgspec.json.encode(edited.get(_PLACED[call.endpoint]))
+        async with self._seated(call, prompt, edited) as seat:
             async for chunk in self._answer(call, edited, plan):
                 if chunk.is_progress:
-                    book.entered(seat)
+                    self._book.entered(seat)
                 yield chunk
+
+    @asynccontextmanager
+    async def _seated(self, call: Call, prompt: bytes, body: Json) -> AsyncIterator[Seat]:
+        """Choose a slot for a body that is about to be sent, and hold it; what was saved for the call is put there."""
+        book = self._book
+        guest = (call.context.tenant, call.id)  # a client may choose its ids: another tenant's may be the same
+        brings_cache = guest in self._files
+        seat = await book.seat(call.context.tenant, prompt, call.id, brings_cache=brings_cache)
+        has_ended = False
+        try:
+            if brings_cache and not await self._restore(guest, seat):
+                seat.is_cached = seat.is_own
+                book.entered(seat)
+            body["cache_prompt"] = seat.is_cached
+            if seat.slot is not None:
+                body["id_slot"] = seat.slot
+            yield seat
             has_ended = True
         except UpstreamError:
             has_ended = True
             raise
         finally:
             book.leave(seat, has_ended=has_ended)
+
+    def exactness(self, call: Call) -> Exactness:
+        """Return ``prefix`` for plain text: the text so far is tokenised anew, which may part it in another way.
+
+        A request with a ``seed`` of its own is pinned unless it is greedy, and so are all chats with a model that
+        thinks: the engine itself has taken the thoughts out of the answer.
+        """
+        able = self._can_continue_chats if call.endpoint is Endpoint.CHAT else self._can_continue
+        return "prefix" if able and may_be_cut(call) else "pinned"
+
+    async def park(self, call: Call) -> None:
+        """Save the slot that the call has left, if there are files and nobody else has come to it."""
+        if not self._free_files and not self._files:
+            return
+        guest = (call.context.tenant, call.id)
+        async with self._book.parked(*guest) as slot:
+            if slot is None:
+                return
+            file = self._free_files.pop() if self._free_files else self._files.pop(next(iter(self._files)))
+            path, body = f"/slots/{slot}?action=save", {"filename": file}
+            try:
+                saved = await self._wire.ask(path, body, timeout_s=_PARK_TIMEOUT_S)
+            except ForebayError:
+                saved = {}
+            if saved.get("n_saved") and self._book.holds(slot, *guest):
+                self._files[guest] = file
+            else:
+                self._free_files.append(file)
+
+    async def _restore(self, guest: tuple[TenantId, RequestId], seat: Seat) -> bool:
+        """Put what was saved for the request into its slot, unless it lies there still; its file is free then."""
+        file = self._files.pop(guest, None)
+        if file is None:
+            return False
+        try:
+            if seat.is_own or not seat.is_cached:
+                return seat.is_own
+            path, body = f"/slots/{seat.slot}?action=restore", {"filename": file}
+            restored = await self._wire.ask(path, body, timeout_s=_PARK_TIMEOUT_S)
+            return bool(restored.get("n_restored"))
+        except ForebayError:
+            return False
+        finally:
+            self._free_files.append(file)
+
+    async def resume(self, call: Call, past: Continuation) -> AsyncIterator[Piece]:
+        """Go on by ``/v1/completions`` with the rendered prompt and the text so far; see ``Resumable.resume``.
+
+        llama.cpp tells no ids in a stream: the tokens of the past are counted as the engine parts its text now.
+        """
+        edited, _ = edit_request(call.endpoint, {**call.body, "model": self._served_name}, stream=True)
+        prompt, ids = await self._tokens_of(call.endpoint, edited, past)
+        num_past = len(ids) - len(prompt)
+        limit = edited.get("max_tokens")
+        if limit is not None and num_past >= limit:
+            yield Piece(ending={"finish_reason": "length"}, usage=Usage(len(prompt), num_past))
+            return
+        body = {key: value for key, value in edited.items() if key not in _NOT_OF_COMPLETIONS}
+        body |= {"prompt": ids, "return_progress": True}
+        if limit is not None:
+            body["max_tokens"] = limit - num_past
+        placed = msgspec.json.encode(edited.get(_PLACED[call.endpoint]))
+        reader = StreamReader(Endpoint.COMPLETIONS, strips_usage=False)
+        begun: Usage | None = Usage(len(prompt), num_past)
+        async with self._seated(call, placed, body) as seat:
+            encoded = msgspec.json.encode(body)
+            async for chunk in self._wire.stream(Endpoint.COMPLETIONS, call, encoded, reader):
+                if chunk.is_progress:
+                    self._book.entered(seat)
+                    for frame in split(chunk.raw):
+                        piece = _piece_of(json_of(frame))
+                        piece.usage, begun = begun, None
+                        yield piece
+        if reader.usage is not None:
+            used = reader.usage
+            yield Piece(usage=Usage(used.prompt_tokens - num_past, used.completion_tokens + num_past))
+
+    async def _tokens_of(self, endpoint: Endpoint, edited: Json, past: Continuation) -> tuple[list[int], list[int]]:
+        """Return the ids of the prompt, and of prompt and answer so far.
+
+        A piece of the answer is a token's text, as a rule: each by itself becomes that token again, while the joined
+        text may part in another way. Where a tokenizer puts spaces before what it is given, the joined text has to do.
+        """
+        prompt = edited.get("prompt")
+        if isinstance(prompt, list):
+            return prompt, [
+                *prompt,
+                *await self._ids(past.texts if self._parts_alike else past.text, add_special=False),
+            ]
+        if endpoint is Endpoint.CHAT:
+            asked = {key: edited[key] for key in ("messages", "chat_template_kwargs") if key in edited}
+            prompt = (await self._wire.ask("/apply-template", asked, timeout_s=30)).get("prompt")
+        if not isinstance(prompt, str):
+            raise UpstreamBroken("the engine did not render the prompt", status=502)
+        whole = [prompt, *past.texts] if self._parts_alike else prompt + past.text
+        own, joint = await asyncio.gather(self._ids(prompt), self._ids(whole))
+        if joint[: len(own)] == own:
+            return own, joint
+        return own, own + await self._ids(past.text, add_special=False)  # the prompt's end and the text have merged
+
+    async def _ids(self, text: str | Sequence[str], *, add_special: bool = True) -> list[int]:
+        sent = {"content": text, "add_special": add_special, "parse_special": True}
+        answer = await self._wire.ask("/tokenize", sent, timeout_s=30)
+        return msgspec.convert(answer.get("tokens"), list[int])
 
     async def _answer(self, call: Call, edited: Json, plan: Plan) -> AsyncIterator[Chunk]:
         body = msgspec.json.encode(edited)
@@ -79,17 +212,19 @@ class LlamaCppDriver:
             async for chunk in chunks:
                 yield chunk
         else:
-            async for chunk in self._assembled(chunks, plan):
+            keeps_frames = plan.whole and self.exactness(call) != "pinned"
+            async for chunk in self._assembled(chunks, plan, keeps_frames=keeps_frames):
                 yield chunk
 
-    async def _assembled(self, chunks: AsyncIterator[Chunk], plan: Plan) -> AsyncIterator[Chunk]:
+    async def _assembled(self, chunks: AsyncIterator[Chunk], plan: Plan, *, keeps_frames: bool) -> AsyncIterator[Chunk]:
         assembler = AnswerAssembler(plan)
         usage = None
         async for chunk in chunks:
             if not chunk.is_progress:
                 continue
             usage = chunk.usage
-            yield Chunk(assembler.feed(chunk.raw), chunk.num_tokens, usage)
+            aside = (chunk.raw,) if keeps_frames else ()
+            yield Chunk(assembler.feed(chunk.raw), chunk.num_tokens, usage, aside=aside)
         if plan.whole:
             yield Chunk(assembler.whole(), 0, usage)
 
@@ -157,15 +292,28 @@ class LlamaCppDriver:
         num_slots = props.get("total_slots")
         if isinstance(num_slots, int) and num_slots != self._book.num_slots:
             self._book = SlotBook(num_slots)
+        await self._try_continuing(str(props.get("chat_template") or ""))
         return Capabilities(
             endpoints=tuple(endpoints),
             context_tokens=context,
             token_prompts=token_prompts,
-            continuation=True,
+            continuation=self._can_continue,
+            slot_save=bool(self._free_files or self._files),
             metrics=await self._answers("/metrics"),
             models=(self._served_name,),
             version=str(props.get("build_info")) if props.get("build_info") else None,
         )
+
+    async def _try_continuing(self, template: str) -> None:
+        try:
+            parts = await self._ids(["a", "b"], add_special=False)
+            self._parts_alike = (await self.detokenize({"tokens": parts}))["prompt"] == "ab"
+            self._can_continue = bool(await self._ids("a"))
+            messages = [{"role": "user", "content": "a"}]
+            rendered = await self._wire.ask("/apply-template", {"messages": messages}, timeout_s=30)
+        except (ForebayError, msgspec.ValidationError):
+            return
+        self._can_continue_chats = bool(rendered.get("prompt")) and not any(word in template for word in _THOUGHTS)
 
     async def _context(self) -> int | None:
         if self._context_tokens is None:
@@ -198,6 +346,19 @@ class LlamaCppDriver:
         await self._wire.close()
 
 
+def _piece_of(event: Any) -> Piece:
+    """Return what an event of ``/v1/completions`` adds to the answer; an empty piece is a sign of life."""
+    if not isinstance(event, dict):
+        return Piece()
+    progress = event.get("prompt_progress") or {}
+    prefilled = progress["total"] - progress["cache"] if progress else None
+    choices: list[Json] = event.get("choices") or [{}]
+    choice = choices[0]
+    text = choice.get("text") or ""
+    ending = {"finish_reason": choice["finish_reason"]} if choice.get("finish_reason") else None
+    return Piece(text, int(bool(text)), ending=ending, prefilled=prefilled)
+
+
 class LlamaCppEngine:
     """How the embedded llama.cpp is started: from its wheel, in a process of its own, because native code can abort."""
 
@@ -213,10 +374,13 @@ class LlamaCppEngine:
             "--context", str(launch.context),
             "--threads", str(launch.threads or 1),
             "--alias", spec.served_name or spec.model,
+            "--slot-files", str(launch.slots),
             "--embeddings",
         ]  # fmt: skip
         return Command(argv=(*argv, *launch.args), env={"FOREBAY_WORKER_KEY": key})
 
     def driver(self, spec: WorkerSpec, base_url: str, key: str | None) -> LlamaCppDriver:
         """Return the driver of a worker at this URL."""
-        return LlamaCppDriver(base_url, key, served_name=spec.served_name or spec.model)
+        is_ours = spec.launch is not None and not spec.launch.command
+        files = slot_files(spec.launch.slots) if is_ours and spec.launch is not None else ()
+        return LlamaCppDriver(base_url, key, served_name=spec.served_name or spec.model, slot_files=files)

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from engines import gguf
 
 KEY_VARIABLE = "FOREBAY_WORKER_KEY"
+_FILES = "/proc/self/fd/"
+_FIRST_FILE = 300
 REFUSED = 2
 
 
@@ -35,11 +37,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--alias", help="the model's name on the wire")
     parser.add_argument("--embeddings", action="store_true", help="serve /v1/embeddings too (mean pooling)")
-    parser.add_argument("--slot-save-path", type=Path, help="directory for saved slots")
+    parser.add_argument("--slot-save-path", type=Path, help="directory for saved slots, in place of --slot-files")
+    parser.add_argument("--slot-files", type=int, default=0, help="slots that can be saved at a time, in memory alone")
     parser.add_argument("--batch", type=int, default=256, help="tokens per prefill step")
     parser.add_argument("--chat-template", type=Path, help="Jinja file used in place of the model's own template")
     parser.add_argument("--gpu-layers", type=int, default=-1, help="layers on the GPU, where there is one")
     return parser.parse_args(argv)
+
+
+def slot_files(num: int) -> tuple[str, ...]:
+    """Return the names under which a server started with ``--slot-files num`` saves slots."""
+    return tuple(str(_FIRST_FILE + index) for index in range(num))
+
+
+def _make_slot_files(num: int) -> None:
+    """Make files that have no place in any file system: nobody else can open them, and they end with the process."""
+    for name in slot_files(num):
+        made = os.memfd_create("slot")
+        os.dup2(made, int(name), inheritable=False)
+        os.close(made)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -99,6 +115,8 @@ def common_params(args: argparse.Namespace, key: str | None) -> Any:
     if args.slot_save_path:
         args.slot_save_path.mkdir(parents=True, exist_ok=True)
         params.slot_save_path = f"{args.slot_save_path}{os.sep}"  # the engine joins by plain concatenation
+    elif args.slot_files:
+        params.slot_save_path = _FILES
     if args.embeddings:
         params.embedding = True
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
@@ -109,6 +127,7 @@ def serve(args: argparse.Namespace, key: str | None) -> NoReturn:
     """Run until SIGTERM or SIGINT. While the model loads, a signal ends the process by its default action."""
     import xllamacpp  # noqa: PLC0415
 
+    _make_slot_files(args.slot_files)
     params = common_params(args, key)
     stops = {signal.SIGTERM, signal.SIGINT}
     try:

@@ -9,28 +9,34 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-from core.ids import TenantId
+from core.ids import RequestId, TenantId
 
 _LIKE = 0.1  # the share of a prompt that a slot has to hold already to be preferred for it; llama.cpp's own default
 
 
 class Seat:
-    """A request's place: the number of its slot (None: the engine chooses), and whether it may use the cache there."""
+    """A request's place: the number of its slot (None: the engine chooses), and whether it may use the cache there.
 
-    __slots__ = ("is_cached", "slot")
+    ``is_own``: what lies there is what the request itself has left.
+    """
 
-    def __init__(self, slot: int | None, *, is_cached: bool) -> None:
+    __slots__ = ("is_cached", "is_own", "slot")
+
+    def __init__(self, slot: int | None, *, is_cached: bool, is_own: bool = False) -> None:
         self.slot = slot
         self.is_cached = is_cached
+        self.is_own = is_own
 
 
 class _Slot:
-    """``owner`` is whose prompt the slot holds, None if that is not sure or nobody's; ``prompt`` is the last one's."""
+    """``owner`` is whose prompt the slot holds, None if that is not sure or nobody's; ``prompt`` is the last one's, and
+    ``request`` who that was."""
 
-    __slots__ = ("num_left", "num_running", "owner", "prompt", "used_at")
+    __slots__ = ("num_left", "num_running", "owner", "prompt", "request", "used_at")
 
     def __init__(self) -> None:
         self.owner: TenantId | None = None
+        self.request: RequestId | None = None
         self.prompt = b""
         self.used_at = 0
         self.num_running = 0
@@ -61,14 +67,20 @@ class SlotBook:
         """How many slots the engine has, as far as we know."""
         return len(self._slots)
 
-    async def seat(self, tenant: TenantId, prompt: bytes) -> Seat:
+    async def seat(
+        self, tenant: TenantId, prompt: bytes, request: RequestId | None = None, *, brings_cache: bool = False
+    ) -> Seat:
         """Return the best seat as soon as there is one; see ``take``."""
-        while (seat := self.take(tenant, prompt)) is None:
+        while (seat := self.take(tenant, prompt, request, brings_cache=brings_cache)) is None:
             await self._changed()
         return seat
 
-    def take(self, tenant: TenantId, prompt: bytes) -> Seat | None:
-        """Return the best seat: a free slot of the tenant's own that holds a like prompt, or else one long unused.
+    def take(
+        self, tenant: TenantId, prompt: bytes, request: RequestId | None = None, *, brings_cache: bool = False
+    ) -> Seat | None:
+        """Return the best seat: the one that this request has just left, a free slot of the tenant's own that holds a
+        like prompt, or else one long unused. ``brings_cache``: the slot is about to be given what this request left
+        elsewhere, and may then use it.
 
         None where all slots are taken and the one to queue for is about to use its cache: the engine may begin with
         the later of two requests.
@@ -77,7 +89,9 @@ class SlotBook:
             return Seat(None, is_cached=False)
         fewest = min(slot.num_taken for slot in self._slots)
         free = [number for number, slot in enumerate(self._slots) if slot.num_taken == fewest]
-        number = self._like(tenant, prompt, free)
+        number = self._left_by(tenant, request, free)
+        if number is None:
+            number = self._like(tenant, prompt, free)
         if number is None:
             number = min(free, key=lambda number: self._slots[number].used_at)
         if fewest and any(seat.slot == number for seat in self._entering):
@@ -86,15 +100,42 @@ class SlotBook:
         is_scattered = self._num_scattered + self._num_scattered_left > 0
         # Of two requests that wait for one slot, nobody knows which the engine takes first.
         is_sure = slot.num_taken == 0 and not is_scattered
-        seat = Seat(number, is_cached=is_sure and slot.owner == tenant)
+        had_left = request is not None and self.holds(number, tenant, request)
+        seat = Seat(number, is_cached=is_sure and (slot.owner == tenant or brings_cache), is_own=is_sure and had_left)
         slot.owner = tenant if is_sure or (slot.owner == tenant and not is_scattered) else None
         slot.prompt = prompt
+        slot.request = request
         slot.num_running += 1
         self._clock += 1
         slot.used_at = self._clock
         if seat.is_cached:
             self._entering.add(seat)
         return seat
+
+    def _left_by(self, tenant: TenantId, request: RequestId | None, free: list[int]) -> int | None:
+        if request is None:
+            return None
+        return next((number for number in free if self.holds(number, tenant, request)), None)
+
+    @asynccontextmanager
+    async def parked(self, tenant: TenantId, request: RequestId) -> AsyncIterator[int | None]:
+        """Hold the slot that a request has left, so that others prefer another; None if something else may be there.
+
+        Whoever does something with what lies there asks ``holds`` afterwards.
+        """
+        for number, slot in enumerate(self._slots):
+            if self.holds(number, tenant, request) and not slot.num_taken:
+                slot.num_running += 1
+                try:
+                    yield number
+                finally:
+                    slot.num_running -= 1
+                return
+        yield None
+
+    def holds(self, slot: int, tenant: TenantId, request: RequestId) -> bool:
+        """Return whether nothing but what this request of the tenant left can be in the slot."""
+        return self._slots[slot].request == request and self._slots[slot].owner == tenant
 
     def _like(self, tenant: TenantId, prompt: bytes, free: list[int]) -> int | None:
         own = [number for number in free if self._slots[number].owner == tenant]

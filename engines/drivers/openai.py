@@ -46,12 +46,15 @@ class OpenAIDriver:
 
     async def run(self, call: Call) -> AsyncIterator[Chunk]:
         """Run the call and yield its answer; see ``Driver.run``."""
-        body = msgspec.json.encode(self._body(call))
+        sent = self._body(call)
+        body = msgspec.json.encode(sent)
         try:
             if not call.stream:
                 yield await self._wire.whole(call.endpoint, call, body)
                 return
-            reader = StreamReader(call.endpoint, strips_usage=not call.wants_usage and call.endpoint in _STREAM_OPTIONS)
+            strips_usage = not call.wants_usage and call.endpoint in _STREAM_OPTIONS
+            takes_ids = "return_token_ids" in sent and not call.body.get("return_token_ids")
+            reader = StreamReader(call.endpoint, strips_usage=strips_usage, takes_ids=takes_ids)
             async for chunk in self._wire.stream(call.endpoint, call, body, reader):
                 yield chunk
         except UpstreamError as error:

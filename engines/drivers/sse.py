@@ -5,6 +5,7 @@ because there its quotes would be escaped.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ DONE = b"data: [DONE]\n\n"
 
 _BOUNDARY = re.compile(rb"\r?\n\r?\n")
 _USAGE = re.compile(rb'"usage"\s*:\s*')
+_IDS = re.compile(rb'token_ids":(\[[^\]]*\]|null)')  # of the prompt too; vLLM writes no spaces
 _OUTPUT = re.compile(
     rb'"(?:content|text|delta|arguments|reasoning_content|reasoning|thinking|partial_json)": ?"[^"]', re.ASCII
 )
@@ -174,10 +176,16 @@ def _without_usage(frame: bytes, event: dict[str, Any]) -> bytes:
 
 
 class StreamReader:
-    """Follows one stream: meters it, finds its end and its hidden errors, takes out what we had asked for ourselves."""
+    """Follows one stream: meters it, finds its end and its hidden errors, takes out what we had asked for ourselves.
 
-    def __init__(self, endpoint: Endpoint, *, strips_usage: bool) -> None:
+    ``takes_ids``: the lists of token ids go to ``aside``, and what the client gets says ``null`` in their place, as it
+    does where nobody asks for ids.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, strips_usage: bool, takes_ids: bool = False) -> None:
         self._strips_usage = strips_usage
+        self._takes_ids = takes_ids
+        self.aside: Sequence[bytes] = ()
         self._end = _ENDS.get(endpoint)
         self._sends_done = endpoint in _SENDS_DONE
         self._is_first = True
@@ -200,6 +208,7 @@ class StreamReader:
         """
         if self._has_done:
             self.num_tokens = 0
+            self.aside = ()
             return b""
         if self._is_first:
             self._check_first(frames)
@@ -209,6 +218,8 @@ class StreamReader:
             frames = self._cut_at_error(frames)
         if b'"usage"' in frames:
             frames = self._take_usage(frames)
+        if self._takes_ids:
+            frames = self._take_ids(frames)
         self.num_tokens = len(_OUTPUT.findall(frames))
         if self._end is not None and not self._has_finished and self._end.search(frames):
             self._has_finished = True
@@ -239,6 +250,11 @@ class StreamReader:
                     break
             good.append(frame)
         return b"".join(good)
+
+    def _take_ids(self, frames: bytes) -> bytes:
+        parts = _IDS.split(frames)  # text, ids, text, ids, …, text
+        self.aside = parts[1::2]
+        return b'token_ids":null'.join(parts[::2])
 
     def _take_usage(self, frames: bytes) -> bytes:
         if self._strips_usage:

@@ -7,12 +7,16 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from core.chat import Call, Endpoint
+import msgspec
+
+from core.chat import Call, Endpoint, Usage
 from core.errors import ForebayError, UpstreamError, WorkerLost, WorkerUnreachable
 from core.ids import TenantId, WorkerId
-from engines.driver import Capabilities, Chunk, Health, Load
+from engines.driver import Capabilities, Chunk, Continuation, Exactness, Health, Load, Piece
 from engines.drivers.metrics import gauge
 from engines.drivers.openai import OpenAIDriver
+from engines.drivers.pinning import limit_of, may_be_cut
+from engines.drivers.sse import StreamReader, json_of, split
 from engines.engine import Command
 from engines.spec import Launch, WorkerSpec
 from engines.weights import problem_with
@@ -21,6 +25,14 @@ _SETTLE_TIMEOUT_S = 5.0  # vLLM drops an aborted request within some 80 ms; a st
 _SETTLE_POLL_S = 0.05
 _UNSAFE_FORMATS = frozenset({"auto", "hf", "pt", "npcache", "mistral"})
 _DEAD = "EngineCore encountered an issue"  # vLLM's EngineDeadError
+_NOT_OF_COMPLETIONS = frozenset({
+    "messages", "max_completion_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
+    "tools", "tool_choice", "parallel_tool_calls", "response_format", "logprobs",
+})  # fmt: skip
+_TEMPLATE_KEYS = ("chat_template_kwargs", "add_generation_prompt")
+_DEFAULT_LIMIT = 16  # of /v1/completions
+_WORTH_ASKING = 32  # tokens still to come: of a shorter answer the usage comes soon enough
+_PREFILL_TIMEOUT_S = 120.0
 
 
 class VllmDriver(OpenAIDriver):
@@ -30,6 +42,8 @@ class VllmDriver(OpenAIDriver):
         super().__init__(base_url, api_key, served_name=served_name)
         self._salt_key = (api_key or "").encode()
         self._is_dead = False
+        self._can_continue = False
+        self._context_tokens: int | None = None
 
     def run(self, call: Call) -> AsyncIterator[Chunk]:
         """Run the call; see ``Driver.run``. Raises ``WorkerUnreachable`` at once while the engine process is dead.
@@ -42,7 +56,111 @@ class VllmDriver(OpenAIDriver):
         return super().run(call)
 
     def _body(self, call: Call) -> dict[str, Any]:
-        return super()._body(call) | {"cache_salt": salt_of(call.context.tenant, self._salt_key)}
+        body = super()._body(call) | {"cache_salt": salt_of(call.context.tenant, self._salt_key)}
+        if self._takes_ids(call):
+            body["return_token_ids"] = True
+        return body
+
+    def _takes_ids(self, call: Call) -> bool:
+        return call.stream and self.exactness(call) != "pinned"
+
+    def exactness(self, call: Call) -> Exactness:
+        """Return ``prefix`` for plain text: batches of other sizes may round a near tie the other way.
+
+        A request with a ``seed`` of its own is pinned unless it is greedy: vLLM starts its random numbers anew.
+        """
+        return "prefix" if self._can_continue and may_be_cut(call) else "pinned"
+
+    async def resume(self, call: Call, past: Continuation) -> AsyncIterator[Piece]:
+        """Go on by ``/v1/completions`` with the prompt's and the answer's token ids; see ``Resumable.resume``.
+
+        The ids are those of the earlier legs if they say exactly what was delivered. With stop strings vLLM holds text
+        back, and its ids run ahead of it: there, and where ids are unknown, the text is tokenised anew.
+        """
+        if self._is_dead:
+            raise WorkerUnreachable("the engine process of this worker has died")
+        prompt_ids = past.prompt_ids if past.prompt_ids is not None else await self._ids_of_prompt(call)
+        by_ids = past.ids is not None and not call.body.get("stop") and await self._says(past.ids, past.text)
+        ids = past.ids if by_ids and past.ids is not None else await self._ids_of_text(call, past.text)
+        limit = self._limit(call, len(prompt_ids))
+        if limit is not None and len(ids) >= limit:
+            ended = {"finish_reason": "length", "stop_reason": None}
+            yield Piece(ending=ended, usage=Usage(len(prompt_ids), len(ids)))
+            return
+        body = {key: value for key, value in self._body(call).items() if key not in _NOT_OF_COMPLETIONS}
+        body |= {"prompt": prompt_ids + ids, "stream": True, "stream_options": {"include_usage": True}}
+        body["return_token_ids"] = True
+        if limit is not None:
+            body["max_tokens"] = limit - len(ids)
+        if isinstance(least := body.get("min_tokens"), int):
+            body["min_tokens"] = max(0, least - len(ids))
+        reader = StreamReader(Endpoint.COMPLETIONS, strips_usage=False)
+        if limit is None or limit - len(ids) > _WORTH_ASKING:
+            yield Piece(prefilled=await self._prefill(body))
+        begun: Usage | None = Usage(len(prompt_ids), len(ids))
+        try:
+            async for chunk in self._wire.stream(Endpoint.COMPLETIONS, call, msgspec.json.encode(body), reader):
+                for frame in split(chunk.raw) if chunk.is_progress else ():
+                    if (piece := _piece_of(json_of(frame), by_ids=by_ids)) is not None:
+                        piece.usage, begun = begun, None
+                        yield piece
+        except UpstreamError as error:
+            meant = self._meaning_of(error, call)
+            if meant is error:
+                raise
+            raise meant from error
+        if reader.usage is not None:
+            used = reader.usage
+            whole = Usage(used.prompt_tokens - len(ids), used.completion_tokens + len(ids))
+            yield Piece(usage=whole, prefilled=used.prompt_tokens - used.cached_tokens)
+
+    async def _prefill(self, body: dict[str, Any]) -> int | None:
+        """Have the engine compute the prompt, and return how much of it was not cached; None if it does not tell.
+
+        A stream tells it with the usage, at its end: thousands of tokens too late for who has to choose the next leg to
+        cut. The one token that this makes is thrown away; the stream makes it again, from a prompt that is cached now.
+        """
+        left_out = ("stream", "stream_options", "min_tokens", "return_token_ids")
+        asked = {key: value for key, value in body.items() if key not in left_out} | {"max_tokens": 1}
+        try:
+            used = (await self._wire.ask("/v1/completions", asked, timeout_s=_PREFILL_TIMEOUT_S))["usage"]
+            return int(used["prompt_tokens"] - used["prompt_tokens_details"]["cached_tokens"])
+        except (ForebayError, KeyError, TypeError):
+            return None  # the stream will say what is wrong
+
+    async def park(self, call: Call) -> None:
+        """Do nothing: vLLM keeps the blocks of its cache until it needs their room."""
+
+    async def _ids_of_prompt(self, call: Call) -> list[int]:
+        asked: dict[str, object] = {"add_special_tokens": True, "prompt": call.body.get("prompt")}
+        if call.endpoint is Endpoint.CHAT:
+            template = {key: call.body[key] for key in _TEMPLATE_KEYS if call.body.get(key) is not None}
+            asked = {"messages": call.body.get("messages"), **template}
+        elif isinstance(prompt := call.body.get("prompt"), list):
+            return prompt
+        return await self._tokens(call, asked)
+
+    async def _ids_of_text(self, call: Call, text: str) -> list[int]:
+        return await self._tokens(call, {"prompt": text, "add_special_tokens": False}) if text else []
+
+    async def _tokens(self, call: Call, asked: dict[str, object]) -> list[int]:
+        answer = await self.tokenize({"model": call.model, **asked})
+        return msgspec.convert(answer.get("tokens"), list[int])
+
+    async def _says(self, ids: list[int], text: str) -> bool:
+        """Return whether the ids say the text and nothing else: they may end inside a character, or be special."""
+        if not ids:
+            return not text
+        told = (await self.detokenize({"tokens": ids})).get("prompt")
+        return isinstance(told, str) and told.lstrip(" ") == text.lstrip(" ")
+
+    def _limit(self, call: Call, num_prompt: int) -> int | None:
+        limit = limit_of(call)
+        if limit is None and call.endpoint is Endpoint.COMPLETIONS:
+            return _DEFAULT_LIMIT
+        if limit is None and self._context_tokens is not None:
+            return self._context_tokens - num_prompt
+        return limit
 
     def _meaning_of(self, error: UpstreamError, call: Call) -> ForebayError:
         if _DEAD in error.message:
@@ -83,25 +201,19 @@ class VllmDriver(OpenAIDriver):
         )
 
     async def capabilities(self) -> Capabilities:
-        """Read the routes and the context, then try token ids both ways and a continued message."""
+        """Read the routes and the context, then try token ids both ways, and whether text and ids become each other."""
         known = await super().capabilities()
+        self._context_tokens = known.context_tokens
         model = self._served_name or (known.models[0] if known.models else "")
         probe = await self._probe("/v1/completions", {"model": model, "prompt": [1, 2, 3], "return_token_ids": True})
-        continued = await self._probe(
-            "/v1/chat/completions",
-            {
-                "model": model,
-                "messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1, 2,"}],
-                "continue_final_message": True,
-                "add_generation_prompt": False,
-            },
-        )
+        has_ids = bool(probe and probe["choices"][0].get("token_ids"))
+        self._can_continue = has_ids and await self._has_tokenizer(model)
         return Capabilities(
             endpoints=await self._endpoints(),
             context_tokens=known.context_tokens,
-            token_ids=bool(probe and probe["choices"][0].get("token_ids")),
+            token_ids=has_ids,
             token_prompts=probe is not None,
-            continuation=continued is not None,
+            continuation=self._can_continue,
             cache_salt=True,
             metrics=await self.load() is not None,
             models=known.models,
@@ -114,6 +226,13 @@ class VllmDriver(OpenAIDriver):
         except ForebayError:
             return None
         return dict(answer)
+
+    async def _has_tokenizer(self, model: str) -> bool:
+        try:
+            answer = await self.tokenize({"model": model, "prompt": "1, 2,", "add_special_tokens": False})
+            return await self._says(msgspec.convert(answer.get("tokens"), list[int]), "1, 2,")
+        except (ForebayError, msgspec.ValidationError):
+            return False
 
     async def _endpoints(self) -> tuple[str, ...]:
         try:
@@ -128,6 +247,19 @@ class VllmDriver(OpenAIDriver):
             return str((await self._wire.ask("/version")).get("version"))
         except ForebayError:
             return None
+
+
+def _piece_of(event: Any, *, by_ids: bool) -> Piece | None:
+    """Return what an event of ``/v1/completions`` adds to the answer; None for those that add nothing."""
+    choices = event.get("choices") if isinstance(event, dict) else None
+    if not choices:
+        return None
+    choice = choices[0]
+    ending = None
+    if choice.get("finish_reason"):
+        ending = {key: choice[key] for key in ("finish_reason", "stop_reason") if key in choice}
+    ids = choice.get("token_ids") or []
+    return Piece(choice.get("text") or "", len(ids), ids if by_ids else None, ending)
 
 
 def salt_of(tenant: TenantId, key: bytes) -> str:

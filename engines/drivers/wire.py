@@ -96,7 +96,7 @@ class Wire:
                             yield Chunk(raw=frames, is_progress=False)
                             continue
                         raw = reader.read(frames)
-                        yield Chunk(raw, reader.num_tokens, reader.usage)
+                        yield Chunk(raw, reader.num_tokens, reader.usage, aside=reader.aside)
                         if reader.error is not None:
                             raise error_event(reader.error)
                         if reader.is_done:

@@ -65,21 +65,30 @@ def _ended(pieces: list[Piece], limits: Limits, tool: str | None) -> Answer:
     if most is not None and (len(pieces) > most or (limits.ignore_eos and len(pieces) == most)):
         pieces = pieces[:most]
         finish = "length"
-    for stop in limits.stops:
-        cut = "".join(piece.text for piece in pieces).find(stop)
-        if cut >= 0:
-            return Answer(tuple(_cut_text(pieces, cut, len(stop))), "stop", stop, tool)
+    text = "".join(piece.text for piece in pieces)
+    found = [(at, stop) for stop in limits.stops if stop and (at := text.find(stop)) >= 0]
+    if found:
+        cut, stop = min(found)
+        return Answer(tuple(_cut_text(pieces, cut, len(stop))), "stop", stop, tool)
     return Answer(tuple(pieces), finish, None, tool)
 
 
 def _cut_text(pieces: list[Piece], at: int, width: int) -> list[Piece]:
+    """Return the pieces up to a stop string: as engines do it, what may belong to one is held back until it is sure."""
     kept: list[Piece] = []
+    held = ""
     start = 0
     for piece in pieces:
         if start >= at + width:
             break
-        kept.append(Piece(piece.text[: max(at - start, 0)], piece.id))
-        start += len(piece.text)
+        end = start + len(piece.text)
+        if end <= at:
+            kept.append(piece)
+        else:
+            held += piece.text[: max(at - start, 0)]
+            kept.append(Piece("", piece.id))
+        start = end
+    kept[-1] = Piece(kept[-1].text + held, kept[-1].id)
     return kept
 
 

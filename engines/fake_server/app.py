@@ -49,7 +49,7 @@ class Engine:
     def __init__(self, settings: Settings, child_pid: int | None) -> None:
         self._settings = settings
         self._child_pid = child_pid
-        self._author = Author(settings.salt)
+        self._author = Author(settings.salt, settings.glyphs)
         self._box = FaultBox(settings.faults)
         self._traffic = Traffic(settings.slots)
         self._prefixes = PrefixCache()

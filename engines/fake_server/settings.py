@@ -26,6 +26,7 @@ class Settings:
     start_delay_s: float
     api_key: str | None
     salt: str
+    glyphs: bool
     dims: int
     exit_at_start: int | None
     ignore_sigterm: bool
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--start-delay-s", type=float, default=0.0, help="503 everywhere until then")
     add("--api-key", default=os.environ.get("FAKE_API_KEY"))
     add("--salt", default="", help="engines with different salts answer differently")
+    add("--glyphs", action="store_true", help="answers have words whose characters are spread over tokens")
     add("--dims", type=int, default=64, help="length of an embedding")
     add("--exit-at-start", type=int, metavar="CODE")
     add("--ignore-sigterm", action="store_true")

@@ -7,7 +7,6 @@ up to three UTF-8 bytes, stand in one id below 2**31. A word of the answers with
 import hashlib
 import re
 from array import array
-from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -97,31 +96,54 @@ def decode(ids: Iterable[int]) -> str:
 
 
 def pieces_of(ids: Iterable[int]) -> list[Piece]:
-    """Split `ids` into pieces whose texts join to `decode(ids)`; a split character goes to its last token."""
-    decoder = getincrementaldecoder("utf-8")("replace")
-    return [Piece(decoder.decode(token_bytes(token)), token) for token in ids]
+    """Split `ids` into pieces whose texts join to `decode(ids)`.
+
+    As engines do it: tokens that end inside a character are held back, with all their text, until it is whole.
+    """
+    pieces: list[Piece] = []
+    held = b""
+    for token in ids:
+        held += token_bytes(token)
+        try:
+            text = held.decode()
+        except UnicodeDecodeError as error:
+            if error.end == len(held) and "unexpected end" in error.reason:
+                pieces.append(Piece("", token))
+                continue
+            text = held.decode("utf-8", "replace")
+        pieces.append(Piece(text, token))
+        held = b""
+    if held:
+        pieces[-1] = Piece(held.decode("utf-8", "replace"), pieces[-1].id)
+    return pieces
 
 
 _AFTER_SPACE = tuple(encode(" " + word)[0] for word in WORDS)
 _AT_LINE_START = tuple(encode(word)[0] for word in WORDS)
-_ANSWER_IDS = frozenset(_AFTER_SPACE + _AT_LINE_START)
+# Words of several tokens, which part inside a character.
+_GLYPHS = tuple(tuple(encode(f" {word}")) for word in ("🙂", "世界", "日本語", "über", "ж"))
+_REST_OF_GLYPH = {ids[at]: ids[at + 1] for ids in _GLYPHS for at in range(len(ids) - 1)}
+_GLYPH_EVERY = 4
+_ANSWER_IDS = frozenset(_AFTER_SPACE + _AT_LINE_START + sum(_GLYPHS, ()))
 
 
 @dataclass(frozen=True, slots=True)
 class Author:
     """Writes an endless answer in which each word depends on every token before it.
 
-    Two authors with one salt write the same; `voice` separates the choices of one request.
+    Two authors with one salt write the same; `voice` separates the choices of one request. With `has_glyphs`, one
+    word in four is of several tokens.
     """
 
     salt: str = ""
+    has_glyphs: bool = False
 
     def words(self, ids: Sequence[int], voice: int = 0) -> Iterator[int]:
         """Yield the ids which follow `ids`, without end."""
         state = self._state(ids, voice)
         last = ids[-1] if ids else None
         while True:
-            last = _next_id(state, last)
+            last = self._next_id(state, last)
             yield last
             state.update(_octets((last,)))
 
@@ -136,7 +158,7 @@ class Author:
         last = ids[start - 1] if start else None
         run = 0
         for token in ids[start:]:
-            run = run + 1 if token == _next_id(state, last) else 0
+            run = run + 1 if token == self._next_id(state, last) else 0
             state.update(_octets((token,)))
             last = token
         return run
@@ -150,15 +172,19 @@ class Author:
         state.update(_octets(ids))
         return state
 
+    def _next_id(self, state: "hashlib.blake2b", last: int | None) -> int:
+        if self.has_glyphs and last in _REST_OF_GLYPH:
+            return _REST_OF_GLYPH[last]
+        # Chosen so that encode(text so far) always equals the ids so far: after a newline, encode puts no space.
+        at_line_start = last is None or token_bytes(last).endswith(b"\n")
+        lot = state.digest()[0]
+        if self.has_glyphs and not at_line_start and lot % _GLYPH_EVERY == 0:
+            return _GLYPHS[lot // _GLYPH_EVERY % len(_GLYPHS)][0]
+        return (_AT_LINE_START if at_line_start else _AFTER_SPACE)[lot]
+
 
 def _octets(ids: Sequence[int]) -> bytes:
     return array("I", ids).tobytes()
-
-
-def _next_id(state: "hashlib.blake2b", last: int | None) -> int:
-    # Chosen so that encode(text so far) always equals the ids so far: after a newline, encode puts no space.
-    at_line_start = last is None or token_bytes(last).endswith(b"\n")
-    return (_AT_LINE_START if at_line_start else _AFTER_SPACE)[state.digest()[0]]
 
 
 @lru_cache(maxsize=16384)

@@ -124,7 +124,7 @@ class ChatWire(_OpenAIWire):
         """Yield the role of each choice, then its tokens, then usage."""
         start = b"data: " + self._head(job, self._stream_object)
         tail, last_tail, usage = self._closing(job)
-        ids = b',"prompt_token_ids":' + _json(job.prompts[0].ids) if job.return_token_ids else b""
+        ids = b',"prompt_token_ids":' + (_json(job.prompts[0].ids) if job.return_token_ids else b"null")
         first_tail = b"]" + ids + tail[1:]
         role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         for index in range(len(job.choices)):
@@ -177,7 +177,7 @@ def _token_delta(job: Job, answer: Answer, step: int) -> bytes:
     logprobs = b',"logprobs":null'
     if job.top_logprobs is not None:
         logprobs = b',"logprobs":' + _json({"content": [_chat_logprob(piece, job.top_logprobs)]})
-    ids = b',"token_ids":[%d]' % piece.id if job.return_token_ids else b""
+    ids = b',"token_ids":[%d]' % piece.id if job.return_token_ids else b',"token_ids":null'
     if answer.tool is None:
         delta = b'{"content":' + _json(piece.text) + b"}"
     else:
@@ -226,8 +226,8 @@ class CompletionWire(_OpenAIWire):
         chunk["text"] = echoed + chunk["text"]
         chunk["finish_reason"] = answer.finish if is_last else None
         chunk["stop_reason"] = answer.stop_reason if is_last else None
-        if job.return_token_ids:
-            chunk["prompt_token_ids"] = job.prompt_of(index).ids if step == 0 else None
+        chunk["prompt_token_ids"] = job.prompt_of(index).ids if job.return_token_ids and step == 0 else None
+        chunk["token_ids"] = [piece.id for piece in pieces] if job.return_token_ids else None
         return chunk
 
     def _choice(self, job: Job, index: int) -> dict[str, Any]:

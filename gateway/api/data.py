@@ -370,6 +370,7 @@ class DataPlane:
             tenant=principal.tenant if principal is not None else None,
             key=principal.key.id if principal is not None else None,
             model=served.model if served is not None else call.model if call is not None else None,
+            urgency=context.urgency if context is not None else "standard",
             asked_model=call.model if call is not None else None,
             worker=served.worker if served is not None else None,
             stream=call.stream if call is not None else False,

@@ -51,4 +51,10 @@ def _summary(services: Services) -> dict[str, Any]:
         state = "ready"  # one model's trouble must not take the others out of a load balancer
     else:
         state = "starting"
-    return {"status": state, "models": models}
+    body: dict[str, Any] = {"status": state, "models": models}
+    if (replicas := services.replicas) is not None:
+        body["scheduling"] = {
+            "replicas": replicas.num_replicas,
+            "models": {status.model: status.role for status in replicas.statuses},
+        }
+    return body

@@ -118,9 +118,14 @@ def read_call(
             run=options.get("run"),
             stage=options.get("stage"),
             urgency=_urgency(options, body, principal),
+            weight=principal.tenant_spec.weight,
         )
         if options or "user" in body or "safety_identifier" in body or "service_tier" in body
-        else CallContext(tenant=principal.tenant, urgency=_urgency(options, body, principal)),
+        else CallContext(
+            tenant=principal.tenant,
+            urgency=_urgency(options, body, principal),
+            weight=principal.tenant_spec.weight,
+        ),
         body=body,
         stream=stream,
         wants_usage=_wants_usage(body),

@@ -10,6 +10,7 @@ from gateway.cli.config import check, config, init
 from gateway.cli.db import db
 from gateway.cli.demo import demo
 from gateway.cli.doctor import doctor
+from gateway.cli.fairness import fairness
 from gateway.cli.fetch import fetch
 from gateway.cli.keys import keys
 from gateway.cli.models import models
@@ -17,6 +18,7 @@ from gateway.cli.policies import policies
 from gateway.cli.requests import requests
 from gateway.cli.run import run
 from gateway.cli.serve import serve
+from gateway.cli.simulate import simulate
 from gateway.cli.tenants import tenants
 from gateway.cli.top import top
 from gateway.cli.usage import usage
@@ -45,8 +47,8 @@ def show_version() -> None:
         click.echo("forebay (run from its source folder, not installed)")
 
 
-_LOCAL = (run, serve, init, check, config, doctor, fetch, db, demo, show_version)
-_OF_A_RUNNING_GATEWAY = (workers, models, top, why, requests, usage, budgets, tenants, keys, policies, audit)
+_LOCAL = (run, serve, init, check, config, doctor, fetch, db, demo, simulate, show_version)
+_OF_A_RUNNING_GATEWAY = (workers, models, top, why, requests, usage, budgets, tenants, keys, policies, fairness, audit)
 
 for command in (*_LOCAL, *_OF_A_RUNNING_GATEWAY):
     main.add_command(command)

@@ -8,9 +8,10 @@ import msgspec
 
 from gateway import revisions
 from gateway.auth import new_admin_key, new_key
+from gateway.cli.admin import Admin, asks
 from gateway.cli.common import ADMIN_KEY, LOCAL_KEY, Fault, SettingsFault, kept_key, table
 from gateway.cli.common import state_dir as default_state_dir
-from gateway.cli.live_config import LIVE
+from gateway.cli.live_config import LIVE, changes_by
 from gateway.cli.machine import default_threads, num_cores
 from gateway.settings import Declared, Settings, SettingsError, environment, read
 
@@ -133,7 +134,7 @@ def show(path: Path, *, effective: bool, as_json: bool) -> None:
     Example:
       forebay config show --effective
     """
-    found = revisions.values(revisions.effective(read_settings(path), {}))
+    found = revisions.values(_effective(path))
     chosen = [value for value in found if effective or value.source != "default"]
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(value) for value in chosen], indent=2))
@@ -143,18 +144,23 @@ def show(path: Path, *, effective: bool, as_json: bool) -> None:
 
 
 @config.command(name="diff")
-@click.argument("other", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("other", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @_file
+@asks
 @_as_json
-def diff(other: Path, path: Path, *, as_json: bool) -> None:
+def diff(admin: Admin, other: Path | None, path: Path, *, as_json: bool) -> None:
     """Tell what would change if the file OTHER took the place of the settings file. Exit status 1 if anything would.
 
+    Without OTHER: what would change if the running gateway read the settings file now. What overlays hold stays, and a
+    secret that is another one is not seen.
+
     \b
-    Example:
+    Examples:
       forebay config diff new.yaml -c forebay.yaml
+      forebay config diff
     """
-    old, new = (revisions.effective(read_settings(one), {}) for one in (path, other))
-    changes = revisions.diff(old, new)
+    new = _effective(other or path)
+    changes = changes_by(new, admin) if other is None else revisions.diff(_effective(path), new)
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(change) for change in changes], indent=2))
     elif changes:
@@ -164,6 +170,10 @@ def diff(other: Path, path: Path, *, as_json: bool) -> None:
         click.echo("Nothing differs.")
     if changes:
         click.get_current_context().exit(1)
+
+
+def _effective(path: Path) -> revisions.Effective:
+    return revisions.effective(read_settings(path), {})
 
 
 @config.command(name="schema")

@@ -7,6 +7,7 @@ import click
 
 from gateway.cli.admin import Admin, as_json, asks, at, report
 from gateway.cli.overlays import changes_table, in_force, of_overlay, overlay_from, revision_text, revisions_table
+from gateway.revisions import Change, Effective, values
 
 
 @click.command()
@@ -74,6 +75,21 @@ def reload(admin: Admin, *, as_json: bool) -> None:
     """
     done = admin.value(admin.post(f"{at('config')}:reload"))
     report(done, as_json=as_json, text=lambda: _told(done))
+
+
+def changes_by(new: Effective, admin: Admin) -> tuple[Change, ...]:
+    """Return what would change in the running gateway if its file said this. What overlays hold stays."""
+    running = {value["path"]: value for value in admin.value(admin.get(at("config"))).get("values", ())}
+    held = {path for path, value in running.items() if value["source"] == "overlay"}
+    before = {path: value["value"] for path, value in running.items()}
+    after = {value.path: value for value in values(new)}
+    changes = []
+    for path in (*after, *(path for path in before if path not in after)):
+        wanted = after[path].value if path in after else None
+        if path not in held and (path not in before or path not in after or before[path] != wanted):
+            source = after[path].source if path in after else "default"
+            changes.append(Change(path, before.get(path), wanted, source))
+    return tuple(changes)
 
 
 def _told(done: dict[str, Any]) -> str:

@@ -60,6 +60,7 @@ def _shown(request: dict[str, Any]) -> str:
     used = request["usage"] or {}
     legs = [
         f"{leg['worker']} ({leg['model']}) at {span(leg['at_s'])} for {span(leg['duration_s'])}: {leg['cause']}"
+        + ("" if leg["recomputed"] is None else f", {leg['recomputed']} tokens computed again")
         for leg in request["legs"]
     ]
     return fields(
@@ -74,6 +75,7 @@ def _shown(request: dict[str, Any]) -> str:
             "end user": request["end_user"],
             "model": request["model"],
             "asked for": request["asked_model"],
+            "class": request["urgency"],
             "took": span(request["duration_s"]),
             "queued": span(request["queue_s"]),
             "first byte": span(request["first_byte_s"]),

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from gateway.cli.admin import Admin, as_json, asks, at, fields, listed, report
-from gateway.cli.terms import budgets_text, limits_text, of_end_users, of_rates, terms_from
+from gateway.cli.terms import budgets_text, ceilings_text, limits_text, of_end_users, of_rates, of_tenants, terms_from
 
 _id = click.argument("tenant_id", metavar="ID")
 
@@ -32,7 +32,7 @@ def list_tenants(admin: Admin, *, as_json: bool) -> None:
       forebay tenants ls
     """
     found = admin.items(at("tenants"))
-    heading = ["ID", "SOURCE", "STATE", "MODELS", "LIMITS", "BUDGETS"]
+    heading = ["ID", "SOURCE", "STATE", "MODELS", "WEIGHT", "LIMITS", "BUDGETS"]
     report(found, as_json=as_json, text=lambda: listed(heading, found, _row, none="no tenants"))
 
 
@@ -55,6 +55,7 @@ def show(admin: Admin, tenant_id: str, *, as_json: bool) -> None:
 @_id
 @of_rates
 @of_end_users
+@of_tenants
 @asks
 @as_json
 def create(admin: Admin, tenant_id: str, *, as_json: bool, **terms: Any) -> None:
@@ -73,6 +74,7 @@ def create(admin: Admin, tenant_id: str, *, as_json: bool, **terms: Any) -> None
 @_id
 @of_rates
 @of_end_users
+@of_tenants
 @click.option("--suspended/--active", "suspended", default=None, help="Whether its requests are refused.")
 @asks
 @as_json
@@ -81,7 +83,7 @@ def change(admin: Admin, tenant_id: str, *, suspended: bool | None, as_json: boo
 
     \b
     Example:
-      forebay tenants set acme --rpm none --budget 80usd/month
+      forebay tenants set acme --rpm none --budget 80usd/month --weight 2 --ceiling body=8MiB
     """
     read = admin.get(at("tenants", tenant_id))
     old = admin.value(read)
@@ -149,6 +151,8 @@ def _shown(tenant: dict[str, Any]) -> str:
             "each end user": limits_text(end_users["limits"]),
             "their budgets": budgets_text(end_users["budgets"]),
             "best class": tenant["max_class"],
+            "weight": tenant["weight"],
+            "largest request": ceilings_text(tenant["ceilings"]),
         }
     )
 
@@ -159,6 +163,7 @@ def _row(one: dict[str, Any]) -> list[object]:
         one["source"],
         _state(one),
         one["models"],
+        f"{one['weight']:g}",
         limits_text(one["limits"]),
         budgets_text(one["budgets"]),
     ]

@@ -107,7 +107,7 @@ def _verb(name: str, sentence: str) -> click.Command:
 
 workers.add_command(_verb("start", "Start a worker that is stopped or failed."))
 workers.add_command(_verb("stop", "Stop a worker at once; what it runs is tried elsewhere or ends with an error."))
-workers.add_command(_verb("drain", "Let a worker finish what it has, then stop it."))
+workers.add_command(_verb("drain", "Move what a worker runs to others, let it finish the rest, then stop it."))
 workers.add_command(_verb("restart", "Drain a worker and start it again."))
 
 

@@ -20,7 +20,8 @@ from core.chat import Class
 from core.tenancy import Period, Role
 from gateway.settings.faults import hint
 from gateway.strength import weakness_of
-from gateway.units import Bytes, Count, Seconds
+from gateway.units import Bytes, Count, CountOrZero, Seconds
+from routing.fairness.policy import Policy
 
 OVERRIDABLE = Field(json_schema_extra={"overridable": True})
 """A value, or all of a section, that the admin API may change while the server runs."""
@@ -115,7 +116,8 @@ class EndUserSettings(_Section):
 
 
 class TenantSettings(_Section):
-    """A tenant that the file declares; keys of the file may name tenants without declaring them."""
+    """A tenant that the file declares; keys of the file may name tenants without declaring them. ``weight``: its share
+    of an engine, beside those of the others that want it."""
 
     suspended: bool = False
     models: tuple[str, ...] = ("*",)
@@ -125,6 +127,7 @@ class TenantSettings(_Section):
     end_users: Annotated[EndUserSettings, OVERRIDABLE] = EndUserSettings()
     ceilings: CeilingSettings | None = None
     max_class: Class = "interactive"
+    weight: Annotated[float, OVERRIDABLE] = Field(default=1.0, ge=0.001, le=1000)
 
 
 class KeySettings(_Section):
@@ -174,6 +177,38 @@ class QueueSettings(_Section):
 
     size: int = Field(default=2048, ge=1)
     per_tenant: int = Field(default=1024, ge=1)
+
+
+class TargetSettings(_Section):
+    """How soon a request of each class is to begin, if its tenant is not ahead of its share; without one there is no
+    hurry."""
+
+    interactive: Seconds | None = None
+    standard: Seconds | None = None
+    batch: Seconds | None = None
+
+
+class FairnessSettings(_Section):
+    """Which rule shares a model's workers between tenants, and its figures: see ``routing.fairness.policy.Fairness``.
+
+    Tokens are weighted: one of a prompt counts ``prompt_price``, one of an answer ``output_price``. ``threshold``,
+    ``credit``, ``penalty``: weighted tokens; ``quantum``: tokens of an answer; ``waste_burst``: tokens computed again.
+    """
+
+    policy: Policy = "vtc-pc"
+    prompt_price: float = Field(default=1.0, ge=0.001, le=1000)
+    output_price: float = Field(default=2.0, ge=0.001, le=1000)
+    threshold: Count = Field(default=1000, le=10**9)
+    credit: CountOrZero = Field(default=2000, le=10**9)
+    credit_refill: float = Field(default=1.0, ge=0, le=1)
+    quantum: Count = Field(default=32, le=10**6)
+    penalty: CountOrZero = Field(default=50, le=10**9)
+    waste_share: float = Field(default=0.08, ge=0, le=1)
+    waste_burst: Count = Field(default=2000, le=10**9)
+    interval: Seconds = Field(default=0.05, le=60)
+    targets: TargetSettings = TargetSettings()
+    rescue_share: float = Field(default=0.2, ge=0, le=1)
+    ageing: Seconds = Field(default=60.0, ge=0.001, le=10**6)
 
 
 class LaunchSettings(_Section):
@@ -239,12 +274,13 @@ class PriceSettings(_Section):
 
 
 class ModelSettings(_Section):
-    """A model on offer, under its name and aliases."""
+    """A model on offer, under its name and aliases. ``timeouts``, ``fairness``: in the place of those of all models."""
 
     price: Annotated[PriceSettings, OVERRIDABLE] = PriceSettings()
     aliases: tuple[str, ...] = ()
     fallbacks: Annotated[tuple[str, ...], OVERRIDABLE] = ()
     timeouts: Annotated[TimeoutSettings | None, OVERRIDABLE] = None
+    fairness: Annotated[FairnessSettings | None, OVERRIDABLE] = None
     workers: tuple[WorkerSettings, ...] = Field(min_length=1)
 
 
@@ -268,8 +304,9 @@ class DatabaseSettings(_Section):
 
 
 class RedisSettings(_Section):
-    """Counts that several gateways share. ``on_failure``: what limits do while it is away; ``replicas``: how many
-    gateways share them, for each one's part of a limit meanwhile."""
+    """What several gateways share. ``on_failure``: what limits do while it is away; ``replicas``: how many gateways
+    there are, for each one's part of a limit meanwhile. ``scheduling``: whether they schedule the attached workers as
+    one, or each for itself."""
 
     url: SecretStr | None = None
     connect_timeout: Seconds = 0.5
@@ -278,6 +315,7 @@ class RedisSettings(_Section):
     breaker_open: Seconds = 5.0
     on_failure: Literal["local", "deny"] = "local"
     replicas: int = Field(default=1, ge=1)
+    scheduling: Literal["shared", "own"] = "own"
 
 
 class LimitSettings(_Section):
@@ -329,6 +367,7 @@ class Settings(BaseSettings):
     timeouts: Annotated[TimeoutSettings, OVERRIDABLE] = TimeoutSettings()
     retry: Annotated[RetrySettings, OVERRIDABLE] = RetrySettings()
     queue: Annotated[QueueSettings, OVERRIDABLE] = QueueSettings()
+    fairness: Annotated[FairnessSettings, OVERRIDABLE] = FairnessSettings()
     request_log: RequestLogSettings = RequestLogSettings()
     egress: EgressSettings = EgressSettings()
     tracing: TracingSettings = TracingSettings()

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +16,8 @@ from redis.exceptions import NoScriptError, RedisError
 from core.clock import Clock
 
 _log = structlog.get_logger(__name__)
+
+_PREFIX = "{forebay}:"
 
 
 class RedisAwayError(Exception):
@@ -83,13 +85,52 @@ class RedisConnection:
         ``operation`` names the call in ``num_errors``. Raises ``RedisAwayError``, also for errors that Redis answers:
         one that is loading, out of memory or read-only is of no more use than one that is gone.
         """
+
+        async def run() -> Any:
+            try:
+                return await self._execute("EVALSHA", script.sha, len(keys), *keys, argument)
+            except NoScriptError:
+                return await self._execute("EVAL", script.text, len(keys), *keys, argument)
+
+        return await self._guarded(operation, run)
+
+    async def publish(self, messages: Mapping[str, bytes]) -> None:
+        """Send each channel's subscribers a message, all in one round trip. Raises ``RedisAwayError``.
+
+        A message arrives at most once, and who does not listen at the moment misses it.
+        """
+
+        async def run() -> None:
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for channel, message in messages.items():
+                    pipeline.publish(f"{_PREFIX}{channel}", message)
+                await pipeline.execute()
+
+        await self._guarded("publish", run)
+
+    async def listen(self, channel: str, *, silence: float) -> AsyncGenerator[bytes | None, None]:
+        """Yield None as soon as the subscription holds, then every message of the channel.
+
+        Raises ``RedisAwayError`` when the connection breaks, or nothing came for ``silence`` seconds, as on one that is
+        broken unnoticed; what was sent meanwhile is lost. The breaker has no part in it: whoever listens decides when
+        to try again.
+        """
+        async with self._redis.pubsub() as subscription:
+            try:
+                async with asyncio.timeout(self._longest):
+                    await subscription.subscribe(f"{_PREFIX}{channel}")
+                while (message := await subscription.get_message(timeout=silence)) is not None:
+                    yield message["data"] if message["type"] == "message" else None
+            except (RedisError, OSError, TimeoutError) as error:
+                raise RedisAwayError(str(error)) from error
+            raise RedisAwayError(f"nothing was heard for {silence:g} s")
+
+    async def _guarded(self, operation: str, run: Callable[[], Awaitable[Any]]) -> Any:
+        """Run what asks Redis, within bounds, and tell the breaker how it went."""
         self._pass_breaker()
         try:
             async with asyncio.timeout(self._longest):
-                try:
-                    reply = await self._execute("EVALSHA", script.sha, len(keys), *keys, argument)
-                except NoScriptError:
-                    reply = await self._execute("EVAL", script.text, len(keys), *keys, argument)
+                reply = await run()
         except (RedisError, OSError, TimeoutError) as error:
             self._on_failure(operation, error)
             raise RedisAwayError(str(error)) from error

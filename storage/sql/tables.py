@@ -32,6 +32,7 @@ tenants = Table(
     Column("end_user", _JSON, nullable=False),
     Column("end_user_budgets", _JSON, nullable=False),
     Column("ceilings", _JSON, nullable=False),
+    Column("weight", Double, nullable=False),
 )
 
 keys = Table(

@@ -21,6 +21,7 @@ FULL = Tenant(
     end_user_budgets=(Budget(1, "tokens", "day"),),
     ceilings=Ceilings(body=1000),
     max_class="batch",
+    weight=2.5,
 )
 PLAIN = Tenant(id=TenantId("plain"), models=frozenset())
 

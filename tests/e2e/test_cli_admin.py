@@ -164,6 +164,17 @@ async def test_settings_are_laid_over_and_reloaded(run: Operator, tmp_path: Path
     assert "server.port" in await run("config", "apply", "--set", "server.port=1", status=1)
 
 
+async def test_a_tenant_s_share_and_what_it_may_ask_are_set_and_the_sharing_is_looked_at(run: Operator) -> None:
+    await run("tenants", "create", "gamma", "--weight", "2.5", "--ceiling", "choices=2")
+    changed = await run.json("tenants", "set", "gamma", "--ceiling", "body=8MiB")
+    assert (changed["weight"], changed["ceilings"]["body"], changed["ceilings"]["choices"]) == (2.5, 8 * 2**20, 2)
+    assert "grammars=no" in await run("tenants", "show", "gamma")
+    assert (await run.json("fairness"))[0]["policy"] == "vtc-pc"
+    assert "may be wasted" in await run("fairness", "fake")
+    change = ("--set", "models.fake.fairness.policy=drr")
+    assert "models.fake.fairness.policy" in await run("policies", "diff", "fairness", *change)
+
+
 async def test_models_are_listed_with_prices(run: Operator) -> None:
     assert (await run("models", "ls")).splitlines()[1].split()[:1] == ["fake"]
 

@@ -2,13 +2,13 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from core.chat import Call, CallContext, Endpoint, Timeouts, Usage
 from core.errors import UnsupportedParameter
 from core.ids import ModelName, RequestId, TenantId
-from engines.driver import Capabilities, Chunk, Health, Load
+from engines.driver import Capabilities, Chunk, Continuation, Exactness, Health, Load, Piece
 
 _numbers = itertools.count(1)
 _TIMEOUTS = Timeouts()
@@ -162,3 +162,42 @@ class ScriptedDriver:
     async def close(self) -> None:
         """Remember that it was closed."""
         self.is_closed = True
+
+
+class ResumableDriver(ScriptedDriver):
+    """Fits ``engines.driver.Resumable`` too. ``rests`` are what is played after a cut, one for each further leg.
+
+    ``pasts`` are what the driver was told to go on from, ``parked`` the calls whose slots it was asked to keep.
+    """
+
+    def __init__(self, *scripts: Script, rests: Iterable[tuple[Piece | Gate | BaseException, ...]] = ()) -> None:
+        super().__init__(*scripts)
+        self.rests = list(rests)
+        self.pasts: list[Continuation] = []
+        self.parked: list[Call] = []
+        self.class_: Exactness = "prefix"
+
+    def exactness(self, call: Call) -> Exactness:
+        """Return what the test has set."""
+        return self.class_
+
+    async def resume(self, call: Call, past: Continuation) -> AsyncIterator[Piece]:
+        """Play the next rest."""
+        self.pasts.append(past)
+        self.num_running += 1
+        try:
+            for step in self.rests.pop(0):
+                match step:
+                    case Piece():
+                        yield step
+                    case Gate():
+                        await step.passed()
+                    case _:
+                        raise step
+        finally:
+            self.num_running -= 1
+            self.closed += 1
+
+    async def park(self, call: Call) -> None:
+        """Remember the call."""
+        self.parked.append(call)

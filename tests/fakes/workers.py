@@ -12,6 +12,7 @@ def view(
     may_return: bool = False,
     slots: int = 1,
     incarnation: int = 0,
+    draining: bool = False,
 ) -> WorkerView:
     """Return the view of a worker named ``<model>-<index>``."""
     return WorkerView(
@@ -22,4 +23,5 @@ def view(
         may_return=may_return,
         max_inflight=slots,
         incarnation=incarnation,
+        is_draining=draining,
     )

@@ -10,12 +10,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from core.chat import Usage
-from core.ids import TenantId
+from core.ids import LegId, ModelName, RequestId, TenantId, WorkerId
 from core.records import Batch, LedgerLine, LegRecord, RequestRecord
 from gateway.api.admin.access import ACCESS, CHANGES_NOTHING
 from gateway.auth import covers, digest_of
 from gateway.services import Services
 from routing.budgets import day_of
+from routing.fairness.policy import Fairness
+from routing.scheduler import Cancel, LegEnded, Scheduler, Submit, Worker, WorkerView
 from tests.fakes.admin import ADMIN, DATA_KEY, HOST, OPERATOR, SECRETS, VIEWER, client, opened
 
 V1 = "/admin/v1"
@@ -460,6 +462,93 @@ async def test_a_request_is_found_and_its_way_is_told(port: Port) -> None:
     assert "'worker_lost'" in decision["summary"]
     assert "30" not in decision["summary"]
     assert (await port.admin.get(f"{V1}/decisions/req_2")).status_code == 404
+
+
+def submit(request: str, tenant: str, *, weight: float = 1.0) -> Submit:
+    return Submit(
+        request=RequestId(request),
+        tenant=TenantId(tenant),
+        models=(ModelName("small"),),
+        tokens_estimate=30,
+        queue_timeout=600.0,
+        now=0.0,
+        prompt_tokens=10,
+        weight=weight,
+    )
+
+
+async def test_how_a_model_is_shared_is_told_with_who_waits_first(port: Port) -> None:
+    scheduler = port.services.scheduler
+    view = WorkerView(WorkerId("w"), ModelName("small"), True, True, True, max_inflight=1)
+    scheduler.on(Worker(view, now=0.0))
+    for event in (submit("r1", "acme"), submit("r2", "beta", weight=2.0), submit("r3", "beta", weight=2.0)):
+        scheduler.on(event)
+
+    (listed,) = (await port.admin.get(f"{V1}/fairness")).json()["data"]
+    shown = (await port.admin.get(f"{V1}/fairness/s")).json()
+    one = (await port.admin.get(f"{V1}/fairness/small", params={"limit": 1})).json()
+    decision = (await port.admin.get(f"{V1}/decisions/r1")).json()
+
+    assert (listed["model"], listed["policy"], listed["queued"], listed["tenants"]) == ("small", "vtc-pc", 2, 2)
+    beta, acme = shown["shares"]
+    assert (beta["tenant"], beta["weight"], beta["queued"], beta["running"]) == ("beta", 2.0, 2, 0)
+    assert (acme["tenant"], acme["queued"], acme["running"], acme["attained"]) == ("acme", 0, 1, 10.0)
+    assert [share["tenant"] for share in one["shares"]] == ["beta"]
+    assert (await port.admin.get(f"{V1}/fairness/smal")).status_code == 404
+    assert (decision["summary"], decision["status"]) == ("It has not ended.", None)
+
+    scheduler.on(Cancel(RequestId("r2"), now=0.0))
+    scheduler.on(Cancel(RequestId("r3"), now=0.0))
+    scheduler.on(LegEnded(LegId("r1/0"), "done", now=0.0))
+
+
+async def test_a_policy_of_fairness_reaches_the_scheduler_and_goes_again(port: Port) -> None:
+    small, scheduler = ModelName("small"), port.services.scheduler
+    assert isinstance(scheduler, Scheduler)
+    overlay = {"models.small.fairness": {"policy": "drr", "threshold": "3k"}, "tenants.filed.weight": 2}
+    applied = await port.admin.post(f"{V1}/policies/fairness:apply", json={"overlay": overlay})
+    assert applied.status_code == 201, applied.text
+
+    assert scheduler.fairness[small] == Fairness(policy="drr", threshold=3000)
+    assert port.services.directory.keyring.tenants[TenantId("filed")].weight == 2
+    shown = {
+        value["path"]: value["value"] for value in (await port.admin.get(f"{V1}/policies/fairness")).json()["values"]
+    }
+    assert (shown["models.small.fairness.policy"], shown["tenants.filed.weight"]) == ("drr", 2)
+    assert (await port.admin.get(f"{V1}/fairness/small")).json()["policy"] == "drr"
+    await port.admin.post(f"{V1}/policies/fairness:rollback")
+    assert scheduler.fairness[small] == Fairness()
+
+
+async def test_what_a_policy_of_fairness_may_not_say_is_told_with_its_place(port: Port) -> None:
+    for overlay, hint in (
+        ({"fairness.policy": "vtcpc"}, "vtc-pc"),
+        ({"models.small.fairness.tresh": 1}, "did you mean `threshold`?"),
+        ({"tenants.filed.weight": 0}, "greater than or equal to 0.001"),
+        ({"tenants.filed.limits.rpm": 5}, "belongs to `config`"),
+    ):
+        verdict = (await port.admin.post(f"{V1}/policies/fairness:validate", json={"overlay": overlay})).json()
+        assert not verdict["valid"]
+        assert hint in verdict["faults"][0]["message"]
+
+
+@on_both
+async def test_a_tenant_has_a_weight(port: Port) -> None:
+    made = await port.admin.post(f"{V1}/tenants", json={"id": "acme", "weight": 2.5})
+    assert made.json()["weight"] == 2.5
+    assert port.services.directory.keyring.tenants[TenantId("acme")].weight == 2.5
+    assert (await port.admin.get(f"{V1}/tenants/acme")).json()["weight"] == 2.5
+    for weight in (0, -1, 1e9, "much"):
+        answer = await port.admin.post(f"{V1}/tenants", json={"id": "beta", "weight": weight})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "weight")
+
+
+async def test_metrics_count_budgets_and_tell_what_preemption_may_waste(port: Port) -> None:
+    await port.services.store.ledger.book(batch(port.services.clock.wall()))
+    await port.services.spending.refresh()
+    text = (await port.admin.get("/metrics")).text
+    assert 'forebay_budgets{state="free"} 2.0' in text
+    assert 'forebay_waste_budget_tokens{model="small"} 1000.0' in text, "half a burst, to begin with"
 
 
 @on_both

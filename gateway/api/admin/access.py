@@ -22,6 +22,8 @@ ACCESS: Mapping[str, Role] = {
     "list_requests": "viewer",
     "show_request": "viewer",
     "show_decision": "viewer",
+    "list_fairness": "viewer",
+    "show_fairness": "viewer",
     "show_config": "viewer",
     "diff_config": "viewer",
     "validate_config": "viewer",

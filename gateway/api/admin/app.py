@@ -9,6 +9,7 @@ from gateway.api.admin.budgets import budget_routes
 from gateway.api.admin.config import config_routes
 from gateway.api.admin.document import describe
 from gateway.api.admin.erasure import erasure_routes
+from gateway.api.admin.fairness import fairness_routes
 from gateway.api.admin.hosts import WithHostCheck
 from gateway.api.admin.keys import key_routes
 from gateway.api.admin.models import model_routes
@@ -34,6 +35,7 @@ _RESOURCES = (
     request_routes,
     config_routes,
     policy_routes,
+    fairness_routes,
     audit_routes,
 )
 

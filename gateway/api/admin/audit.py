@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from core.records import AuditEntry
 from gateway.api.admin.document import errors
 from gateway.api.admin.guard import guarded
-from gateway.api.admin.pages import After, Limit, Page, cursor_of, place_of
+from gateway.api.admin.pages import After, Limit, Page, page_found, place_of
 from gateway.api.admin.requests import Moment, Text
 from gateway.api.admin.shapes import ONE_LINE, Shape, shown_time
 from gateway.services import Services
@@ -52,9 +52,7 @@ def audit_routes(services: Services) -> APIRouter:
             after=place_of(after, tuple[float, str]),
             limit=limit + 1,
         )
-        page = rows[:limit]
-        following = cursor_of((page[-1].time, page[-1].id)) if len(rows) > limit else None
-        return Page(data=[_shown(entry) for entry in page], next=following)
+        return page_found(rows, limit, lambda entry: (entry.time, entry.id), _shown)
 
     return router
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from core.errors import UnknownId
 from core.records import Revision
-from gateway.api.admin.pages import Page, cursor_of, place_of
+from gateway.api.admin.pages import Page, page_found, place_of
 from gateway.api.admin.shapes import ONE_LINE, Line, Shape, shown_moment, shown_time
 from gateway.revisions import Change, Fault
 from gateway.services import Services
@@ -93,8 +93,7 @@ class InForce(Shape):
 async def history(services: Services, resource: str, limit: int, after: str | None) -> Page[RevisionShape]:
     """Return a page of a resource's revisions, newest first."""
     found = await services.overlays.history(resource, place_of(after, int), limit + 1)
-    following = cursor_of(found[limit - 1].number) if len(found) > limit else None
-    return Page(data=[shown_revision(revision) for revision in found[:limit]], next=following)
+    return page_found(found, limit, lambda revision: revision.number, shown_revision)
 
 
 async def check_number(services: Services, resource: str, number: int) -> None:

@@ -55,6 +55,15 @@ def _can_be_asked(part: object) -> bool:
     return "\0" not in part if isinstance(part, str) else not isinstance(part, int) or abs(part) < 2**31
 
 
+def page_found(
+    rows: Sequence[Value], limit: int, key: Callable[[Value], object], shown: Callable[[Value], Item]
+) -> Page[Item]:
+    """Return the page that ``rows`` make: in the order of ``key``, and one more than ``limit`` where there are more."""
+    page = rows[:limit]
+    following = cursor_of(key(page[-1])) if len(rows) > limit else None
+    return Page(data=[shown(row) for row in page], next=following)
+
+
 def page_of(
     items: Sequence[Value], key: Callable[[Value], str], after: str | None, limit: int
 ) -> tuple[list[Value], str | None]:

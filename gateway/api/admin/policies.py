@@ -66,11 +66,13 @@ def policy_routes(services: Services) -> APIRouter:
     @router.get("/{kind}", responses=errors(404))
     async def show_policy(kind: Available) -> PolicyShape:
         """Show a policy: its revision, and every value that holds, with who says it."""
-        held = [value for value in values(live.effective) if value.path.partition(".")[0] in POLICIES[kind]]
         return PolicyShape(
             kind=kind,
             revision=in_force(overlays.get(kind)).revision,
-            values=[ValueShape(path=value.path, value=value.value, source=value.source) for value in held],
+            values=[
+                ValueShape(path=value.path, value=value.value, source=value.source)
+                for value in values(live.effective, kind)
+            ],
         )
 
     @router.get("/{kind}/revisions", responses=errors(404))

@@ -6,14 +6,17 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from pydantic import AwareDatetime
 
+from core.chat import Class
 from core.errors import UnknownId
+from core.ids import RequestId
 from core.records import LegRecord, RequestRecord
 from gateway.api.admin.document import errors
 from gateway.api.admin.guard import guarded
-from gateway.api.admin.pages import After, Limit, Page, cursor_of, place_of
+from gateway.api.admin.pages import After, Limit, Page, page_found, place_of
 from gateway.api.admin.shapes import ONE_LINE, TENANT_ID, Shape, Spend, shown_time, shown_usd
-from gateway.api.admin.why import fell_back, paragraph
+from gateway.api.admin.why import fell_back, num_retries, paragraph
 from gateway.services import Services
+from routing.scheduler.decisions import Kind
 
 Id = Annotated[str, Path(min_length=1, max_length=128, pattern=ONE_LINE)]
 Text = Annotated[str | None, Query(max_length=210, pattern=ONE_LINE)]
@@ -30,13 +33,15 @@ class UsageShape(Shape):
 
 
 class LegShape(Shape):
-    """One run of a request on one worker. `at_s`: when it began, counted from the request's arrival."""
+    """One run of a request on one worker. `at_s`: when it began, counted from the request's arrival. `recomputed`:
+    tokens that it computed again to go on where an earlier one was cut; null: it began anew."""
 
     worker: str
     model: str
     at_s: float
     duration_s: float
     cause: str
+    recomputed: int | None
 
 
 class RequestShape(Shape):
@@ -51,6 +56,7 @@ class RequestShape(Shape):
     key: str | None
     end_user: str | None
     model: str | None
+    urgency: Class
     asked_model: str | None
     worker: str | None
     stream: bool
@@ -70,12 +76,22 @@ class RequestShape(Shape):
     legs: list[LegShape]
 
 
+class StepShape(Shape):
+    """One thing that was decided about a request, or for it at another's expense; `text`: in plain words."""
+
+    time: datetime
+    kind: Kind
+    text: str
+
+
 class DecisionShape(Shape):
-    """How a request was served. `summary`: in a paragraph; `fell_back`: another model answered than was asked."""
+    """How a request was served. `summary`: in a paragraph; `fell_back`: another model answered than was asked;
+    `resumes`: how often it went on where it was cut, `recomputed`: tokens that this took; `steps`: what was decided,
+    as far as this gateway still remembers. `status` null: it has not ended."""
 
     id: str
     summary: str
-    status: int
+    status: int | None
     error: str | None
     asked_model: str | None
     model: str | None
@@ -84,7 +100,10 @@ class DecisionShape(Shape):
     queue_s: float
     attempts: int
     retries: int
+    resumes: int
+    recomputed: int
     legs: list[LegShape]
+    steps: list[StepShape]
     usd: Spend
 
 
@@ -119,9 +138,7 @@ def request_routes(services: Services) -> APIRouter:
             after=place_of(after, tuple[float, str]),
             limit=limit + 1,
         )
-        page = rows[:limit]
-        following = cursor_of((page[-1].time, page[-1].id)) if len(rows) > limit else None
-        return Page(data=[_shown(record) for record in page], next=following)
+        return page_found(rows, limit, lambda record: (record.time, record.id), _shown)
 
     @router.get("/requests/{request_id}", responses=errors(404))
     async def show_request(request_id: Id) -> RequestShape:
@@ -130,8 +147,12 @@ def request_routes(services: Services) -> APIRouter:
 
     @router.get("/decisions/{request_id}", responses=errors(404))
     async def show_decision(request_id: Id) -> DecisionShape:
-        """Tell how a request was served: where it waited, what was tried, what it cost."""
+        """Tell how a request was served: where it waited, what was tried, what was decided, what it cost."""
+        steps = _steps(request_id, services)
+        if services.scheduler.knows(RequestId(request_id)):
+            return _unended(request_id, steps)
         record = await _known(request_id, services)
+        resumed = [leg.recomputed for leg in record.legs if leg.recomputed is not None]
         return DecisionShape(
             id=record.id,
             summary=paragraph(record),
@@ -143,8 +164,11 @@ def request_routes(services: Services) -> APIRouter:
             fell_back=fell_back(record),
             queue_s=record.queue_s,
             attempts=record.attempts,
-            retries=max(0, record.attempts - 1),
+            retries=num_retries(record),
+            resumes=len(resumed),
+            recomputed=sum(resumed),
             legs=[_shown_leg(leg) for leg in record.legs],
+            steps=steps,
             usd=shown_usd(record.cost),
         )
 
@@ -162,6 +186,36 @@ async def _known(request_id: str, services: Services) -> RequestRecord:
     return record
 
 
+def _steps(request_id: str, services: Services) -> list[StepShape]:
+    now, wall = services.clock.monotonic(), services.clock.wall()
+    return [
+        StepShape(time=shown_time(wall - (now - step.at)), kind=step.kind, text=step.text)
+        for step in services.scheduler.explain(RequestId(request_id))
+    ]
+
+
+def _unended(request_id: str, steps: list[StepShape]) -> DecisionShape:
+    """Return what is known of a request that has not ended."""
+    return DecisionShape(
+        id=request_id,
+        summary="It has not ended.",
+        status=None,
+        error=None,
+        asked_model=None,
+        model=None,
+        worker=None,
+        fell_back=False,
+        queue_s=0.0,
+        attempts=0,
+        retries=0,
+        resumes=0,
+        recomputed=0,
+        legs=[],
+        steps=steps,
+        usd="0",
+    )
+
+
 def _shown(record: RequestRecord) -> RequestShape:
     usage = record.usage
     return RequestShape(
@@ -174,6 +228,7 @@ def _shown(record: RequestRecord) -> RequestShape:
         key=record.key,
         end_user=record.end_user,
         model=record.model,
+        urgency=record.urgency,
         asked_model=record.asked_model,
         worker=record.worker,
         stream=record.stream,
@@ -201,4 +256,11 @@ def _shown(record: RequestRecord) -> RequestShape:
 
 
 def _shown_leg(leg: LegRecord) -> LegShape:
-    return LegShape(worker=leg.worker, model=leg.model, at_s=leg.at_s, duration_s=leg.duration_s, cause=leg.cause)
+    return LegShape(
+        worker=leg.worker,
+        model=leg.model,
+        at_s=leg.at_s,
+        duration_s=leg.duration_s,
+        cause=leg.cause,
+        recomputed=leg.recomputed,
+    )

@@ -96,7 +96,8 @@ class EndUsersShape(Shape):
 
 
 class TenantTerms(Shape):
-    """What a tenant may use, and how much. `limits` and `ceilings` null: the settings' defaults of this moment."""
+    """What a tenant may use, and how much. `limits` and `ceilings` null: the settings' defaults of this moment.
+    `weight`: its share of an engine, beside those of the others that want it."""
 
     suspended: bool = False
     models: ModelNames = ["*"]
@@ -106,6 +107,7 @@ class TenantTerms(Shape):
     end_users: EndUsersShape = EndUsersShape()
     ceilings: CeilingsShape | None = None
     max_class: Class = "interactive"
+    weight: float = Field(default=1.0, ge=0.001, le=1000)
 
 
 class NewTenant(TenantTerms):
@@ -206,6 +208,7 @@ def shown_tenant(tenant: Tenant, source: Source) -> TenantShape:
         end_users=EndUsersShape(limits=shown_rate(tenant.end_user), budgets=shown_budgets(tenant.end_user_budgets)),
         ceilings=_shown_ceilings(tenant.ceilings),
         max_class=tenant.max_class,
+        weight=tenant.weight,
     )
 
 

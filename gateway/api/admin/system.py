@@ -22,7 +22,8 @@ class VersionShape(Shape):
 
 class HealthShape(Shape):
     """How the parts are. `keys_are_fresh`: the database has told all it knows of tenants and keys within a second;
-    `reload_error`: why the settings file's newest state is not in use."""
+    `reload_error`: why the settings file's newest state is not in use. `replicas`: gateways that schedule as one, this
+    one among them; `scheduling`: what this one is to each model that they share, such as `leading` or `alone`."""
 
     status: Literal["ready", "starting", "draining"]
     uptime_s: float
@@ -33,6 +34,8 @@ class HealthShape(Shape):
     database: Literal["up", "away"]
     records_waiting: int
     reload_error: str | None
+    replicas: int
+    scheduling: dict[str, str]
 
 
 def system_routes(services: Services) -> APIRouter:
@@ -50,6 +53,7 @@ def system_routes(services: Services) -> APIRouter:
         """Show how every part is, always with 200."""
         statuses = services.supervisor.statuses()
         ready = sum(status.state is State.READY for status in statuses)
+        replicas = services.replicas
         return HealthShape(
             status="draining" if services.chat.is_draining else "ready" if ready else "starting",
             uptime_s=services.clock.monotonic() - started_at,
@@ -60,6 +64,8 @@ def system_routes(services: Services) -> APIRouter:
             database="away" if services.books.is_away or services.directory.is_away else "up",
             records_waiting=services.books.num_waiting,
             reload_error=services.live.last_error,
+            replicas=replicas.num_replicas if replicas is not None else 1,
+            scheduling={status.model: status.role for status in replicas.statuses} if replicas is not None else {},
         )
 
     @router.get("/metrics", response_class=Response, responses=_TEXT | errors())

@@ -106,6 +106,7 @@ def _tenant(tenant_id: TenantId, terms: TenantTerms, services: Services) -> Tena
         end_user_budgets=budgets_in(terms.end_users.budgets),
         ceilings=ceilings_of(defaults.ceilings) if terms.ceilings is None else ceilings_in(terms.ceilings),
         max_class=terms.max_class,
+        weight=terms.weight,
     )
 
 

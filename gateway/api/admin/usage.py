@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from core.errors import InvalidRequest
 from gateway.api.admin.document import errors
 from gateway.api.admin.guard import guarded
-from gateway.api.admin.pages import After, Limit, Page, cursor_of, place_of
+from gateway.api.admin.pages import After, Limit, Page, page_found, place_of
 from gateway.api.admin.requests import Text
 from gateway.api.admin.shapes import TENANT_ID, Shape, Spend, shown_usd
 from gateway.services import Services
@@ -75,8 +75,7 @@ def usage_routes(services: Services) -> APIRouter:
         if place is not None and [type(part) for part in place] != [_type_of(name) for name in asked.by]:
             raise InvalidRequest("`after` is the cursor of a list with another `by`", param="after")
         rows = await _rows(asked, place, limit + 1, services)
-        following = cursor_of(_place(rows[limit - 1], asked)) if len(rows) > limit else None
-        return Page(data=[_shown(row) for row in rows[:limit]], next=following)
+        return page_found(rows, limit, lambda row: _place(row, asked), _shown)
 
     return router
 

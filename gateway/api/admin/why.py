@@ -4,9 +4,10 @@ It tells what the record holds and nothing else: there is no word of a cache or 
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 from core.chat import Endpoint
-from core.records import CLIENT_LEFT, LegRecord, RequestRecord
+from core.records import CLIENT_LEFT, CUTS, LegRecord, RequestRecord
 from gateway.api.admin.shapes import shown_usd
 
 _LEAST_WAIT_S = 0.001
@@ -28,6 +29,9 @@ _ENDS: Mapping[str, str] = {
     "timed_out": "missed a deadline",
     "hurried": "missed a deadline that the caller had set",
     "aborted": "was told to stop",
+    "preempted": "gave its slot to a tenant that was further behind its share",
+    "migrated": "had more to do than another worker",
+    "drained": "was being drained",
 }
 _MEANINGS: Mapping[str, str] = {
     "invalid_json": "the body was no JSON object",
@@ -66,6 +70,12 @@ def fell_back(record: RequestRecord) -> bool:
     """Whether another model answered than the one that was asked."""
     models = [leg.model for leg in record.legs]
     return len(models) > 1 and models[-1] != models[0]
+
+
+def num_retries(record: RequestRecord) -> int:
+    """Return how many legs began anew because the one before had failed."""
+    followed = pairwise(record.legs)
+    return sum(leg.cause not in CUTS and not following.is_resumed for leg, following in followed)
 
 
 def duration(seconds: float) -> str:
@@ -119,8 +129,9 @@ def _way(record: RequestRecord) -> Iterator[str]:
         if has_waited
         else f"It did not have to wait, and {first.worker!r} began at once."
     )
-    for leg, following in zip(record.legs, record.legs[1:], strict=False):
-        yield f"{_end(leg)}, so {_successor(leg, following)} at {duration(following.at_s)}."
+    for leg, following in pairwise(record.legs):
+        again = f" where it was, computing {following.recomputed} tokens again" if following.is_resumed else ""
+        yield f"{_end(leg)}, so {_successor(leg, following)} at {duration(following.at_s)}{again}."
     if (last := record.legs[-1]).cause != "done" and record.status != CLIENT_LEFT:
         yield f"{_end(last)}, and that was the last attempt."
 
@@ -132,6 +143,10 @@ def _end(leg: LegRecord) -> str:
 def _successor(leg: LegRecord, following: LegRecord) -> str:
     if following.model != leg.model:
         return f"it fell back to the model {following.model!r} on {following.worker!r}"
+    if following.is_resumed:
+        return "it went on there" if following.worker == leg.worker else f"{following.worker!r} went on with it"
+    if leg.cause in CUTS:  # before its first byte
+        return f"{following.worker!r} began anew"
     return "it tried again" if following.worker == leg.worker else f"{following.worker!r} took over"
 
 

@@ -80,7 +80,8 @@ def worker_routes(services: Services) -> APIRouter:
 
     @router.post("/{worker_id}/{verb}", responses=errors(404))
     async def act_on_worker(worker_id: Id, verb: Verb) -> WorkerShape:
-        """Start, stop, drain (finish what runs, then stop) or restart (drain, then start) a worker."""
+        """Start, stop, drain (move what runs to other workers, finish the rest, then stop) or restart (drain, then
+        start) a worker."""
         worker = _known(worker_id, services).id
         match verb:
             case "start":

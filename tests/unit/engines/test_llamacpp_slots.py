@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.ids import TenantId
+from core.ids import RequestId, TenantId
 from engines.drivers.llamacpp_slots import Seat, SlotBook, num_shared
 
 A, B = TenantId("a"), TenantId("b")
@@ -47,6 +47,64 @@ def test_the_slot_with_the_most_alike_prompt_is_preferred() -> None:
     assert run(book, A, b"x" * 50 + b"more").slot == one.slot
     assert run(book, A, b"y" * 50 + b"more").slot == two.slot
     assert run(book, A, b"z" * 50).slot not in {one.slot, two.slot}
+
+
+def cut(book: SlotBook, tenant: TenantId, request: str, prompt: bytes = LONG) -> Seat:
+    """Take a seat for a request and leave it in the middle; the engine has let go."""
+    seat = book.take(tenant, prompt, RequestId(request))
+    assert seat is not None
+    book.leave(seat, has_ended=False)
+    book.observe([])
+    return seat
+
+
+def test_a_request_that_goes_on_comes_back_to_its_own_slot() -> None:
+    book = SlotBook(3)
+    seats = [cut(book, A, request, request.encode() * 20) for request in ("one", "two", "three")]
+    again = book.take(A, LONG, RequestId("two"))
+    assert again is not None
+    assert (again.slot, again.is_own, again.is_cached) == (seats[1].slot, True, True)
+
+
+def test_a_slot_is_a_requests_own_no_more_once_others_have_had_it() -> None:
+    book = SlotBook(1)
+    cut(book, A, "one")
+    run(book, A)
+    again = book.take(A, LONG, RequestId("one"))
+    assert again is not None
+    assert (again.is_own, again.is_cached) == (False, True)
+
+
+@pytest.mark.parametrize(("tenant", "is_own"), [(A, True), (B, False)])
+async def test_an_id_that_two_tenants_chose_opens_no_slot_of_the_other(tenant: TenantId, is_own: bool) -> None:
+    book = SlotBook(2)
+    cut(book, A, "same")
+    async with book.parked(tenant, RequestId("same")) as slot:
+        assert (slot is not None) == is_own
+    seat = book.take(tenant, LONG, RequestId("same"))
+    assert seat is not None
+    assert (seat.is_own, seat.is_cached) == (is_own, is_own)
+
+
+async def test_what_is_saved_of_a_slot_counts_only_if_nobody_has_come_to_it_meanwhile() -> None:
+    book = SlotBook(1)
+    cut(book, A, "one")
+    async with book.parked(A, RequestId("one")) as slot:
+        assert slot == 0
+        assert book.holds(slot, A, RequestId("one"))
+        take(book, A)
+        assert not book.holds(slot, A, RequestId("one"))
+
+
+def test_who_brings_a_cache_is_not_followed_before_it_has_entered() -> None:
+    book = SlotBook(1)
+    run(book, B)
+    seat = book.take(A, LONG, RequestId("one"), brings_cache=True)
+    assert seat is not None
+    assert (seat.is_cached, seat.is_own) == (True, False)
+    assert book.take(A, LONG) is None
+    book.entered(seat)
+    assert book.take(A, LONG) is not None
 
 
 def test_with_no_slots_known_nothing_is_placed_or_cached() -> None:

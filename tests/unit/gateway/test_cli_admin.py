@@ -188,6 +188,40 @@ def test_why_is_told_in_lines_and_controls_of_a_terminal_are_not_obeyed(gateway:
     assert json.loads(gateway.run("why", "req_1", "--json").output)["summary"] == summary
 
 
+def test_why_ends_with_what_was_decided(gateway: Gateway) -> None:
+    steps = [{"time": "2026-11-22T21:00:00Z", "kind": "preempted", "text": "preempted req_1 of tenant acme on w0"}]
+    gateway.script["GET /admin/v1/decisions/req_1"] = (200, {"summary": "It has not ended.", "steps": steps})
+
+    assert gateway.run("why", "req_1").output.splitlines() == [
+        "It has not ended.", "", "2026-11-22 21:00:00  preempted req_1 of tenant acme on w0",
+    ]  # fmt: skip
+
+
+SHARING = {
+    "model": "org/m", "policy": "vtc-pc", "queued": 4, "tenants": 3, "reserved": 1, "preemptions": 7, "migrations": 2,
+    "drained": 1, "recovered": 5, "useful_tokens": 1000, "wasted_tokens": 30, "lost_tokens": 9, "waste_left": 12.7,
+}  # fmt: skip
+
+
+def test_how_models_are_shared_is_listed(gateway: Gateway) -> None:
+    gateway.script["GET /admin/v1/fairness?limit=200"] = (200, {"data": [SHARING], "next": None})
+
+    row = gateway.run("fairness").output.splitlines()[1].split()
+
+    assert row == ["org/m", "vtc-pc", "4", "3", "7", "2", "1", "5", "30", "13"]
+
+
+def test_who_shares_a_model_is_told(gateway: Gateway) -> None:
+    share = {"tenant": "acme", "weight": 2.0, "queued": 4, "running": 1, "attained": 10.4, "counter": 5.2, "credit": 0}
+    gateway.script["GET /admin/v1/fairness/org/m?limit=50"] = (200, {**SHARING, "shares": [share]})
+
+    output = gateway.run("fairness", "org/m").output
+
+    assert "30 (3.0% of 1000 useful ones)" in output
+    assert "acme    2       4        1        10      5        0" in output
+    assert "and 2 more" in output
+
+
 def test_a_dimension_that_there_is_not_is_told(gateway: Gateway) -> None:
     result = gateway.run("usage", "--by", "day,colour")
 
@@ -230,6 +264,42 @@ def test_a_budget_is_an_amount_and_a_period(text: str, budget: dict[str, object]
     assert given(budget=text)["budgets"] == [budget]
 
 
+def of_tenant(*words: str, old: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what click makes of the options of `tenants set`."""
+    command = main.commands["tenants"].commands["set"]  # type: ignore[attr-defined]
+    with command.make_context("set", ["acme", *words]) as context:
+        return terms_from(context.params, old or {})
+
+
+def test_a_tenant_has_a_weight_and_ceilings_which_are_changed_one_by_one() -> None:
+    assert of_tenant("--weight", "2.5") == {"weight": 2.5}
+    words = ("--ceiling", "body=8MiB", "--ceiling", "prompt_tokens=200k", "--ceiling", "grammars=yes")
+    assert of_tenant(*words, old={"ceilings": {"body": 5, "depth": 9}})["ceilings"] == {
+        "body": 8 * 2**20, "depth": 9, "prompt_tokens": 200_000, "grammars": True,
+    }  # fmt: skip
+    assert of_tenant("--ceiling", "none", old={"ceilings": {"body": 5}}) == {"ceilings": None}
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--ceiling=bodi=5", "did you mean body?"),
+        ("--ceiling=x=5", "there are body, "),
+        ("--ceiling=body=much", "such as body=8MiB"),
+        ("--ceiling=grammars=maybe", "such as grammars=yes"),
+        ("--weight=0", "0.001<=x<=1000"),
+    ],
+)
+def test_a_ceiling_or_weight_that_there_is_not_is_told_with_what_there_is(
+    gateway: Gateway, option: str, hint: str
+) -> None:
+    result = gateway.run("tenants", "set", "acme", option)
+
+    assert result.exit_code == 2
+    assert hint in result.output
+    assert gateway.asked == []
+
+
 def test_all_budgets_are_taken_away_with_none() -> None:
     assert given(budget="none")["budgets"] == []
 
@@ -251,6 +321,28 @@ def test_a_moment_is_a_date_or_a_duration_from_now() -> None:
 
 
 # --- overlays
+
+
+def test_a_file_is_compared_with_what_the_running_gateway_goes_by(gateway: Gateway, tmp_path: Path) -> None:
+    path = tmp_path / "forebay.yaml"
+    path.write_text("models: {m: {workers: [{engine: openai, url: 'http://h'}]}}\nqueue: {size: 5, per_tenant: 6}\n")
+    env = {"FOREBAY_ADMIN_KEY": "fba_0123456789-of-the-admin"}
+    shown = CliRunner(env=env).invoke(main, ["config", "show", "-c", str(path), "--effective", "--json"])
+    held = {value["path"]: value for value in json.loads(shown.output)}
+    held["queue.size"] |= {"value": 7, "source": "overlay"}
+    script = gateway.script["GET /admin/v1/config"] = (200, {"values": list(held.values())})
+
+    same = gateway.run("config", "diff", "-c", str(path), env=env)
+    held["queue.per_tenant"]["value"] = 9
+    script[1]["values"].append({"path": "tenants.gone.weight", "value": 2.0, "source": "file"})
+    other = gateway.run("config", "diff", "-c", str(path), "--json", env=env)
+
+    assert (same.exit_code, same.output) == (0, "Nothing differs.\n")
+    assert other.exit_code == 1
+    assert json.loads(other.output) == [
+        {"path": "queue.per_tenant", "before": 9, "after": 6, "source": "file"},
+        {"path": "tenants.gone.weight", "before": 2.0, "after": None, "source": "default"},
+    ]
 
 
 def test_a_file_is_a_whole_overlay_and_may_be_nested(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ BUSY = Vitals(
     revision="12",
     num_traces_exported=8,
     num_traces_dropped=1,
+    budgets={"free": 3, "low": 2, "used_up": 1},
+    waste_left={"big": 12.5},
+    num_replicas=3,
+    roles={"big": "alone"},
 )
 
 
@@ -114,6 +118,46 @@ def test_a_leg_that_was_followed_by_another_is_a_retry_with_its_cause(metrics: M
     assert value(metrics, "forebay_retries_total", model="big", cause="done") is None
 
 
+def test_a_leg_that_was_cut_is_no_retry_and_what_it_took_to_go_on_is_counted(metrics: Metrics) -> None:
+    legs = (
+        LegRecord("big-0", "big", 0.0, 0.1, "preempted"),
+        LegRecord("big-0", "big", 0.2, 0.1, "lost", 40),
+        LegRecord("big-1", "big", 0.3, 0.1, "done", 50),
+    )
+    metrics.observe(record(model="big", attempts=3, legs=legs))
+    metrics.observe(record(model="big", attempts=2, legs=(legs[0], LegRecord("big-0", "big", 0.2, 0.1, "aborted", 1))))
+    metrics.observe(record(model="big", attempts=2, legs=(legs[0], LegRecord("big-0", "big", 0.2, 0.1, "done"))))
+
+    assert value(metrics, "forebay_cuts_total", model="big", cause="preempted") == 3
+    assert value(metrics, "forebay_retries_total", model="big", cause="preempted") is None
+    assert value(metrics, "forebay_retries_total", model="big", cause="lost") is None
+    assert value(metrics, "forebay_resumes_total", model="big", cause="preempted", outcome="failed") == 1
+    assert value(metrics, "forebay_resumes_total", model="big", cause="preempted", outcome="left") == 1
+    assert value(metrics, "forebay_resumes_total", model="big", cause="lost", outcome="done") == 1
+    assert value(metrics, "forebay_recomputed_tokens_total", model="big", cause="preempted") == 41
+    assert value(metrics, "forebay_recomputed_tokens_total", model="big", cause="lost") == 50
+
+
+def test_waits_are_told_apart_by_class(metrics: Metrics) -> None:
+    metrics.observe(record(model="big", first_byte_s=0.5, queue_s=0.3, urgency="batch"))
+    metrics.observe(record(model="big", first_byte_s=0.5, queue_s=0.1))
+
+    for urgency, waited in (("batch", 0.3), ("standard", 0.1)):
+        found = value(metrics, "forebay_queue_wait_seconds_sum", **{"model": "big", "class": urgency})
+        assert found == pytest.approx(waited)
+
+
+def test_tenants_have_a_line_each_until_there_are_too_many(metrics: Metrics) -> None:
+    for number in range(1000):
+        metrics.observe(record(model="big", tenant=f"t{number}", usage=Usage(5, 3)))
+    metrics.observe(record(model="big", tenant="t0", usage=Usage(5, 3)))
+
+    assert value(metrics, "forebay_tenant_tokens_total", tenant="t0", type="input") == 10
+    assert value(metrics, "forebay_tenant_tokens_total", tenant="t49", type="output") == 3
+    assert value(metrics, "forebay_tenant_tokens_total", tenant="t50", type="output") is None
+    assert value(metrics, "forebay_tenant_tokens_total", tenant="other", type="output") == 950 * 3
+
+
 def test_an_answer_of_another_model_is_a_fallback(metrics: Metrics) -> None:
     metrics.observe(record(model="small", asked_model="big"))
     metrics.observe(record(model="big", asked_model="big"))
@@ -174,10 +218,15 @@ def test_the_vitals_are_read_when_somebody_looks(metrics: Metrics) -> None:
     assert value(metrics, "forebay_database_up") == 1
     assert value(metrics, "forebay_records_waiting") == 5
     assert value(metrics, "forebay_config_info", revision="12") == 1
+    assert value(metrics, "forebay_budgets", state="low") == 2
+    assert value(metrics, "forebay_waste_budget_tokens", model="big") == 12.5
+    assert value(metrics, "forebay_replicas") == 3
+    assert value(metrics, "forebay_scheduling_role", model="big", role="alone") == 1
 
 
 def test_what_there_is_not_is_neither_up_nor_down(metrics: Metrics) -> None:
     assert value(metrics, "forebay_redis_up") is None
+    assert value(metrics, "forebay_replicas") is None
     assert value(metrics, "forebay_database_up") is None
 
 
@@ -242,7 +291,9 @@ def busy_families() -> list[Metric]:
     metrics.watch(lambda: BUSY)
     metrics.observe(
         record(model="small", asked_model="big", stream=True, first_byte_s=0.01, overhead_s=0.001, usage=Usage(5, 3),
-               legs=(LegRecord("big-0", "big", 0.0, 0.1, "lost"), LegRecord("small-0", "small", 0.1, 0.1, "done"))),
+               tenant="acme", legs=(LegRecord("big-0", "big", 0.0, 0.1, "lost"),
+                     LegRecord("small-0", "small", 0.1, 0.1, "preempted"),
+                     LegRecord("small-0", "small", 0.2, 0.1, "done", 7))),
         RateLimited("m"),
     )  # fmt: skip
     return list(text_string_to_metric_families(generate_latest(metrics.registry).decode()))
@@ -250,6 +301,9 @@ def busy_families() -> list[Metric]:
 
 def test_names_units_and_help_texts_are_as_prometheus_wants_them() -> None:
     assert list(faults(busy_families())) == []
+
+
+_RESERVED = {"instance", "job", "tenant", "key", "user"}
 
 
 def faults(families: Iterable[Metric]) -> Iterator[str]:
@@ -268,7 +322,8 @@ def faults(families: Iterable[Metric]) -> Iterator[str]:
             if family.type == "counter" and not sample.name.endswith(("_total", "_created")):
                 yield f"{sample.name}: a counter without _total"
             for label in sample.labels:
-                if not re.fullmatch(r"[a-z][a-z_]*", label) or label in {"instance", "job", "tenant", "key", "user"}:
+                is_bounded = label == "tenant" and family.name == "forebay_tenant_tokens"
+                if not re.fullmatch(r"[a-z][a-z_]*", label) or (label in _RESERVED and not is_bounded):
                     yield f"{sample.name}: label {label}"
 
 

@@ -80,6 +80,29 @@ def test_each_failed_leg_is_told_with_its_worker_and_cause() -> None:
     assert "After 500 ms 'small-1' was too busy, so it tried again at 1.4 s." in text
 
 
+def resumed(worker: str, cause: str, at_s: float, recomputed: int) -> LegRecord:
+    return LegRecord(worker, "small", at_s, 0.5, cause, recomputed)
+
+
+def test_a_preemption_and_a_move_are_told_with_what_they_cost() -> None:
+    legs = (leg("small-0", "preempted"), resumed("small-0", "migrated", 2.0, 30), resumed("small-1", "done", 3.0, 812))
+    text = paragraph(record(attempts=3, legs=legs))
+
+    assert (
+        "After 500 ms 'small-0' gave its slot to a tenant that was further behind its share, so it went on there at "
+        "2.0 s where it was, computing 30 tokens again." in text
+    )
+    assert "'small-0' had more to do than another worker, so 'small-1' went on with it at 3.0 s where it was" in text
+
+
+def test_a_lost_worker_in_mid_answer_is_told_and_so_is_a_cut_before_the_first_byte() -> None:
+    legs = (leg("small-0", "drained"), leg("small-1", "lost", 0.5), resumed("small-2", "done", 1.5, 9))
+    text = paragraph(record(attempts=3, legs=legs))
+
+    assert "After 500 ms 'small-0' was being drained, so 'small-1' began anew at 500 ms." in text
+    assert "'small-1' went away while it worked, so 'small-2' went on with it at 1.5 s where it was" in text
+
+
 def test_a_fallback_is_told() -> None:
     found = record(attempts=2, legs=(leg("small-0", "broken"), leg("tiny-0", at_s=0.6, model="tiny")), model="tiny")
 

@@ -1,13 +1,18 @@
 """Stands in for the dispatcher: feeds a scheduler by hand, and objects to every effect that breaks a rule."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 from core.ids import LegId, ModelName, RequestId, TenantId, WorkerId
+from routing.fairness.account import Place
+from routing.fairness.policy import Fairness
+from routing.fairness.preemption import PER_DECISION, PER_WORKER
 from routing.scheduler import (
     BUSY_PAUSE_S,
     Abort,
     Cancel,
     Cause,
+    CutFor,
     Effect,
     Event,
     FirstToken,
@@ -22,16 +27,23 @@ from routing.scheduler import (
     Worker,
     WorkerView,
 )
+from routing.scheduler.state import FOREVER
 
 LIMITS = Limits()
+M = ModelName("m")
+_DEFAULT = Fairness()
 
 
 class World:
     """What the scheduler has been told, what it said, and what must be true in between."""
 
-    def __init__(self, *views: WorkerView, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self, *views: WorkerView, limits: Limits = LIMITS, fairness: Fairness | Mapping[ModelName, Fairness] = _DEFAULT
+    ) -> None:
         self.limits = limits
-        self.scheduler = Scheduler(limits)
+        self.checks_always = True
+        self.fairness = {M: fairness} if isinstance(fairness, Fairness) else fairness
+        self.scheduler = Scheduler(limits, self.fairness)
         self.now = 100.0
         self.events: list[Event] = []
         self.effects: list[list[Effect]] = []
@@ -39,6 +51,13 @@ class World:
         self.requests: dict[RequestId, Submit] = {}
         self.running: dict[LegId, Start] = {}
         self.committed: set[RequestId] = set()
+        self.cuts: dict[LegId, CutFor] = {}
+        self.ran: Counter[LegId] = Counter()
+        self.delivered: Counter[RequestId] = Counter()
+        self.may_go_on: set[RequestId] = set()
+        self.num_cuts = 0
+        self._most_slots: Counter[WorkerId] = Counter()
+        self._claimants: dict[RequestId, ModelName] = {}
         self.cancelled: set[RequestId] = set()
         self.ended: dict[RequestId, str] = {}
         self._not_before: dict[tuple[RequestId, ModelName], float] = {}
@@ -51,7 +70,17 @@ class World:
     # Events
 
     def submit(
-        self, request: str, tenant: str = "t", *models: str, tokens: int = 10, timeout: float = 30.0
+        self,
+        request: str,
+        tenant: str = "t",
+        *models: str,
+        tokens: int = 10,
+        timeout: float = 30.0,
+        prompt: int = 0,
+        pinned: bool = True,
+        rank: int = 0,
+        program: str = "",
+        weight: float = 1.0,
     ) -> list[Effect]:
         event = Submit(
             request=RequestId(request),
@@ -60,21 +89,55 @@ class World:
             tokens_estimate=tokens,
             queue_timeout=timeout,
             now=self.now,
+            rank=rank,
+            prompt_tokens=prompt,
+            weight=weight,
+            program=program,
+            is_pinned=pinned,
         )
         self.requests[event.request] = event
         return self.feed(event)
 
-    def end(self, leg: str, cause: Cause = "done", retry_after: float | None = None) -> list[Effect]:
+    def end(
+        self,
+        leg: str,
+        cause: Cause = "done",
+        retry_after: float | None = None,
+        *,
+        can_resume: bool = False,
+        prefilled: int | None = None,
+    ) -> list[Effect]:
         start = self.running.pop(LegId(leg))
         request = start.request
-        if cause != "unreachable":
-            self._attempts[request, start.model] += 1
-        self._tried.setdefault(request, set()).add(start.worker)
+        was_cut = self.cuts.pop(start.leg, None) is not None and cause == "aborted"
+        self.may_go_on.discard(request)
+        if can_resume and not self.requests[request].is_pinned:
+            self.may_go_on.add(request)
+        if not was_cut:
+            if cause != "unreachable":
+                self._attempts[request, start.model] += 1
+            self._tried.setdefault(request, set()).add(start.worker)
         pause = retry_after if retry_after is not None else self._busy_pause(start) if cause == "busy" else 0.0
-        self._not_before[request, start.model] = self.now + pause
+        self._not_before[request, start.model] = self.now + (0.0 if was_cut else pause)
         if cause == "done" or request in self.cancelled:
             self._end(request, "leg")
-        return self.feed(LegEnded(leg=start.leg, cause=cause, now=self.now, retry_after=retry_after))
+        return self.feed(
+            LegEnded(
+                leg=start.leg,
+                cause=cause,
+                now=self.now,
+                retry_after=retry_after,
+                can_resume=can_resume,
+                prefilled=prefilled,
+            )
+        )
+
+    def let_go(self) -> list[Effect]:
+        """End every leg that has been told to, as an engine does that lets go at once."""
+        effects: list[Effect] = []
+        for leg in list(self.cuts):
+            effects += self.end(leg, "aborted", can_resume=True)
+        return effects
 
     def _busy_pause(self, start: Start) -> float:
         ready = {view.id for view in self.views.values() if view.model == start.model and view.is_ready}
@@ -82,12 +145,14 @@ class World:
             return 0.0
         return BUSY_PAUSE_S * 2.0 ** (self._attempts[start.request, start.model] - 1)
 
-    def first_token(self, leg: str) -> None:
+    def first_token(self, leg: str, prefilled: int | None = None) -> None:
         self.committed.add(self.running[LegId(leg)].request)
-        assert self.feed(FirstToken(leg=LegId(leg), now=self.now)) == []
+        assert self.feed(FirstToken(leg=LegId(leg), now=self.now, prefilled=prefilled)) == []
 
-    def tokens(self, leg: str, num: int) -> None:
-        assert self.feed(Tokens(leg=LegId(leg), num=num, now=self.now)) == []
+    def tokens(self, leg: str, num: int) -> list[Effect]:
+        self.ran[LegId(leg)] += num
+        self.delivered[self.running[LegId(leg)].request] += num
+        return self.feed(Tokens(leg=LegId(leg), num=num, now=self.now))
 
     def cancel(self, request: str) -> list[Effect]:
         name = RequestId(request)
@@ -99,6 +164,7 @@ class World:
 
     def worker(self, view: WorkerView) -> list[Effect]:
         self.views[view.id] = view
+        self._most_slots[view.id] = max(self._most_slots[view.id], view.max_inflight)
         return self.feed(Worker(view=view, now=self.now))
 
     def advance(self, seconds: float) -> list[Effect]:
@@ -109,9 +175,12 @@ class World:
         self.events.append(event)
         effects = self.scheduler.on(event)
         self.effects.append(effects)
+        preempted = [effect for effect in effects if isinstance(effect, Abort) and effect.why == "preempted"]
+        assert len(preempted) <= PER_DECISION
         for effect in effects:
             self._take(effect)
-        self.check()
+        if self.checks_always:
+            self.check()
         return effects
 
     # Rules of effects
@@ -121,21 +190,44 @@ class World:
             case Start():
                 self._start(effect)
             case Abort():
-                assert effect.leg in self.running
+                self._cut(effect)
             case Reject():
                 assert effect.request not in self.cancelled
                 assert all(start.request != effect.request for start in self.running.values())
                 self._end(effect.request, effect.why)
 
+    def _cut(self, abort: Abort) -> None:
+        start = self.running[abort.leg]
+        assert abort.leg not in self.cuts
+        assert (abort.why == "cancelled") == (start.request in self.cancelled)
+        self.cuts[abort.leg] = abort.why
+        if abort.why == "cancelled":
+            return
+        self.num_cuts += 1
+        if abort.why == "preempted":
+            for request in self.waiting:
+                if self.place(request) is Place.CLAIMING:
+                    self._claimants[request] = start.model
+        assert not self.requests[start.request].is_pinned
+        pending = [leg for leg, why in self.cuts.items() if self.running[leg].worker == start.worker]
+        assert sum(self.cuts[leg] != "cancelled" for leg in pending) <= PER_WORKER
+        if abort.why != "drained":
+            assert self.ran[abort.leg] >= self.fairness.get(start.model, _DEFAULT).quantum
+            assert not self.views[start.worker].is_draining
+
     def _start(self, start: Start) -> None:
         request = start.request
         view = self.views[start.worker]
         assert request not in self.ended
-        assert request not in self.committed
+        assert request not in self.committed or request in self.may_go_on
         assert request not in self.cancelled
         assert start.leg not in self.running
         assert all(other.request != request for other in self.running.values())
+        claimants = [one for one, model in self._claimants.items() if model == start.model and one in self.waiting]
+        assert not claimants or request in claimants, "a slot that was freed for another"
+        self._claimants.pop(request, None)
         assert view.is_ready
+        assert not view.is_draining
         assert view.model == start.model
         assert self.num_running(start.worker) < view.max_inflight
         assert self._attempts[request, start.model] < self.limits.attempts
@@ -155,11 +247,16 @@ class World:
     def check(self) -> None:
         models = {view.model for view in self.views.values()}
         assert sum(self.scheduler.num_waiting(model) for model in models) == len(self.waiting)
-        slots = Counter({view.model: view.max_inflight for view in self.views.values()})
+        slots: Counter[ModelName] = Counter()
+        for view in self.views.values():
+            slots[view.model] += self._most_slots[view.id]
         for model in models:
             assert self.scheduler.num_waiting(model) <= self.limits.queue + slots[model]
         for worker in self.views:
             assert self.scheduler.num_running(worker) == self.num_running(worker)
+            assert self.scheduler._workers[worker].num_cutting == sum(
+                why != "cancelled" and self.running[leg].worker == worker for leg, why in self.cuts.items()
+            )
             self._check_tokens(worker)
         self._check_wakeup()
 
@@ -170,6 +267,7 @@ class World:
 
     def _check_wakeup(self) -> None:
         deadlines = [self.scheduler._requests[request].deadline for request in self.waiting]
+        deadlines = [deadline for deadline in deadlines if deadline < FOREVER]
         if deadlines:
             wakeup = self.scheduler.next_wakeup()
             assert wakeup is not None
@@ -180,12 +278,8 @@ class World:
         for request in self.waiting:
             state = self.scheduler._requests[request]
             for view in self.views.values():
-                is_able = (
-                    view.model == state.model
-                    and view.is_ready
-                    and self.num_running(view.id) < view.max_inflight
-                    and self.scheduler._workers[view.id].breaker.allows(self.now)
-                )
+                worker = self.scheduler._workers[view.id]
+                is_able = view.model == state.model and worker.room > 0 and worker.breaker.allows(self.now)
                 assert not (is_able and self.now >= state.not_before), f"{request} waits, and {view.id} has room"
 
     # Views
@@ -197,6 +291,9 @@ class World:
     def num_running(self, worker: WorkerId) -> int:
         return sum(start.worker == worker for start in self.running.values())
 
+    def place(self, request: str) -> Place:
+        return self.scheduler._requests[RequestId(request)].place
+
     def legs(self) -> list[LegId]:
         return list(self.running)
 
@@ -204,6 +301,11 @@ class World:
 def starts(effects: list[Effect]) -> list[tuple[str, str]]:
     """Return (request, worker) of every start among the effects."""
     return [(effect.request, effect.worker) for effect in effects if isinstance(effect, Start)]
+
+
+def aborts(effects: list[Effect]) -> list[tuple[str, str]]:
+    """Return (leg, why) of every leg that is cut by the effects."""
+    return [(effect.leg, effect.why) for effect in effects if isinstance(effect, Abort)]
 
 
 def rejects(effects: list[Effect]) -> list[tuple[str, str]]:

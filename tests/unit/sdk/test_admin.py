@@ -24,6 +24,7 @@ TENANT = {
     "end_users": {"limits": {"rpm": None, "tpm": None, "parallel": None}, "budgets": []},
     "ceilings": None,
     "max_class": "interactive",
+    "weight": 2.0,
     "of_a_newer_gateway": 7,
 }
 KEY = {
@@ -131,6 +132,20 @@ async def test_a_list_is_gone_through_with_async_for() -> None:
 
     async with async_admin(gateway) as client:
         assert [key.id async for key in client.keys.list()] == ["key_1", "key_2"]
+
+
+def test_the_sharing_of_models_is_read_in_a_list_and_one_by_one() -> None:
+    told = {"model": "org/m", "policy": "vtc-pc", "preemptions": 3, "waste_left": -1.5, "of_a_newer_gateway": 1}
+    shares = [{"tenant": "acme", "weight": 2.0, "queued": 4, "attained": 10.5}]
+    gateway = ScriptedGateway(page(told), answer({**told, "shares": shares}))
+
+    with admin(gateway) as client:
+        (listed,) = client.fairness.list()
+        one = client.fairness.show("org/m", limit=5)
+
+    assert (listed.preemptions, listed.waste_left, listed.shares) == (3, -1.5, [])
+    assert (one.shares[0].tenant, one.shares[0].attained) == ("acme", 10.5)
+    assert gateway.requests[1].url.raw_path == b"/admin/v1/fairness/org/m?limit=5"
 
 
 def test_questions_carry_days_times_and_dimensions() -> None:

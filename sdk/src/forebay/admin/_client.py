@@ -12,6 +12,7 @@ from forebay.admin._resources import (
     Budgets,
     Configuration,
     Decisions,
+    FairnessOfModels,
     Keys,
     Models,
     Policies,
@@ -34,6 +35,7 @@ class _Resources(Generic[RunnerT]):
         self.usage: Usage[RunnerT] = Usage(runner)
         self.requests: Requests[RunnerT] = Requests(runner)
         self.decisions: Decisions[RunnerT] = Decisions(runner)
+        self.fairness: FairnessOfModels[RunnerT] = FairnessOfModels(runner)
         self.models: Models[RunnerT] = Models(runner)
         self.workers: Workers[RunnerT] = Workers(runner)
         self.config: Configuration[RunnerT] = Configuration(runner)

@@ -18,6 +18,7 @@ from forebay.admin._values import (
     Decision,
     Dimension,
     Erased,
+    Fairness,
     Health,
     InForce,
     Key,
@@ -271,6 +272,20 @@ class Models(Resource[RunnerT]):
         return _get(Model, path("models", *model.split("/")))  # names may hold slashes
 
 
+class FairnessOfModels(Resource[RunnerT]):
+    """How models are shared between tenants at this moment. The rules are a policy: ``policies.show("fairness")``."""
+
+    @listing
+    def list(self) -> Ask[Page[Fairness]]:
+        """Go through all models, by name, without their tenants."""
+        return _list(Fairness, "fairness")
+
+    @operation
+    def show(self, model: str, *, limit: int = 50) -> Ask[Fairness]:
+        """Return one model's sharing with at most ``limit`` of its tenants; raises ``NotFound``."""
+        return Ask("GET", path("fairness", *model.split("/")), _typed(Fairness), params={"limit": limit})
+
+
 class Workers(Resource[RunnerT]):
     """Workers, and the verbs that steer them."""
 
@@ -296,7 +311,7 @@ class Workers(Resource[RunnerT]):
 
     @operation
     def drain(self, worker_id: str) -> Ask[Worker]:
-        """Let one finish what it has, then stop it; answers when that is done."""
+        """Have what one runs go on elsewhere, let it finish the rest, then stop it; answers when that is done."""
         return _post(Worker, path("workers", worker_id, "drain"))
 
     @operation

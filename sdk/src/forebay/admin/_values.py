@@ -76,7 +76,7 @@ class Tenant(_Tagged):
     """A tenant. One from ``show``, ``create`` or ``replace`` may be changed and given to ``replace``.
 
     ``source``: ``file`` or ``database``; those of the settings file are changed there. ``models``, ``endpoints``:
-    ``["*"]`` for all.
+    ``["*"]`` for all. ``weight``: its share of an engine, beside those of the others that want it.
     """
 
     id: str
@@ -89,6 +89,7 @@ class Tenant(_Tagged):
     end_users: EndUsers
     ceilings: Ceilings | None = None
     max_class: str = "interactive"
+    weight: float = 1.0
 
 
 class TenantTerms(TypedDict, total=False):
@@ -102,6 +103,7 @@ class TenantTerms(TypedDict, total=False):
     end_users: EndUsers
     ceilings: Ceilings | None
     max_class: str
+    weight: float
 
 
 class Key(_Tagged):
@@ -199,13 +201,15 @@ class TokensUsed(_Wire):
 
 
 class Leg(_Wire):
-    """One run of a request on one worker. ``at_s``: when it began, in seconds from the request's arrival."""
+    """One run of a request on one worker. ``at_s``: when it began, in seconds from the request's arrival.
+    ``recomputed``: tokens that it computed again to go on where an earlier one was cut; None: it began anew."""
 
     worker: str
     model: str
     at_s: float
     duration_s: float
     cause: str
+    recomputed: int | None = None
 
 
 class Request(_Wire):
@@ -220,6 +224,7 @@ class Request(_Wire):
     key: str | None = None
     end_user: str | None = None
     model: str | None = None
+    urgency: str = "standard"
     asked_model: str | None = None
     worker: str | None = None
     stream: bool = False
@@ -239,12 +244,22 @@ class Request(_Wire):
     legs: list[Leg]
 
 
+class Step(_Wire):
+    """One thing that was decided about a request, or for it at another's expense; ``text``: in plain words."""
+
+    time: datetime
+    kind: str
+    text: str
+
+
 class Decision(_Wire):
-    """How a request was served; ``summary`` tells it in a paragraph."""
+    """How a request was served; ``summary`` tells it in a paragraph, ``steps`` are the decisions that the gateway still
+    remembers. ``resumes``: how often it went on where it was cut, ``recomputed``: tokens that this took. ``status``
+    None: it has not ended."""
 
     id: str
     summary: str
-    status: int
+    status: int | None = None
     error: str | None = None
     asked_model: str | None = None
     model: str | None = None
@@ -253,8 +268,45 @@ class Decision(_Wire):
     queue_s: float = 0.0
     attempts: int = 0
     retries: int = 0
+    resumes: int = 0
+    recomputed: int = 0
     legs: list[Leg]
+    steps: list[Step] = Field(default_factory=list)
     usd: Decimal
+
+
+class TenantShare(_Wire):
+    """What a tenant has had of a model, in weighted tokens; ``counter``: divided by the ``weight``, the lowest is
+    served next; ``credit``: by how much it may begin behind the others if it comes back now."""
+
+    tenant: str
+    weight: float = 1.0
+    queued: int = 0
+    running: int = 0
+    attained: float = 0.0
+    counter: float = 0.0
+    credit: float = 0.0
+
+
+class Fairness(_Wire):
+    """How a model is shared. ``waste_left``: tokens that preemption may still have computed again; ``wasted_tokens``:
+    those that were, ``lost_tokens``: likewise after failures; ``reserved``: slots kept for requests on their way.
+    ``shares``: the tenants that wait, then those that had most; empty in a list."""
+
+    model: str
+    policy: str
+    queued: int = 0
+    tenants: int = 0
+    reserved: int = 0
+    preemptions: int = 0
+    migrations: int = 0
+    drained: int = 0
+    recovered: int = 0
+    useful_tokens: int = 0
+    wasted_tokens: int = 0
+    lost_tokens: int = 0
+    waste_left: float = 0.0
+    shares: list[TenantShare] = Field(default_factory=list)
 
 
 class Price(_Wire):
@@ -332,7 +384,8 @@ class Version(_Wire):
 
 
 class Health(_Wire):
-    """How the gateway's parts are; ``status``: ``ready``, ``starting`` or ``draining``."""
+    """How the gateway's parts are; ``status``: ``ready``, ``starting`` or ``draining``. ``replicas``: gateways that
+    schedule as one, this one among them; ``scheduling``: what this one is to each model that they share."""
 
     status: str
     uptime_s: float
@@ -342,6 +395,8 @@ class Health(_Wire):
     keys_are_fresh: bool
     database: str
     records_waiting: int
+    replicas: int = 1
+    scheduling: dict[str, str] = Field(default_factory=dict)
     reload_error: str | None = None
 
 

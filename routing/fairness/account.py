@@ -1,0 +1,69 @@
+"""What one tenant has had of one model, and the requests that it is charged for."""
+
+from enum import Enum
+
+from core.ids import RequestId, TenantId
+from routing.fairness.programs import Ladder, Programs
+
+MILLI = 1000
+
+
+class Place(Enum):
+    """Where a request waits. ``CLAIMING``: a slot is being freed for it. ``RETURNED``: it had its turn and lost its
+    worker. ``ASIDE``: the same, and it may not begin yet. ``NOWHERE``: it does not wait."""
+
+    NOWHERE = "nowhere"
+    TURN = "turn"
+    CLAIMING = "claiming"
+    RETURNED = "returned"
+    ASIDE = "aside"
+
+
+class Account:
+    """One tenant's counter, its waiting requests, and how many run.
+
+    ``counter``: milli weighted tokens, divided by the weight; what tenants are compared by. ``attained``: milli
+    weighted tokens, plain. ``virtual``: the model's virtual time when the tenant last came; None before. ``weight``:
+    in thousandths.
+    """
+
+    __slots__ = ("attained", "counter", "num_running", "num_waiting", "programs", "tenant", "virtual", "weight")
+
+    def __init__(self, tenant: TenantId, ladder: Ladder, *, is_flat: bool) -> None:
+        self.tenant = tenant
+        self.weight = MILLI
+        self.counter = 0
+        self.attained = 0
+        self.virtual: int | None = None
+        self.num_waiting = 0
+        self.num_running = 0
+        self.programs: Programs[Request] = Programs(ladder, is_flat=is_flat)
+
+    def charge(self, amount: int) -> None:
+        """Add what was served, in milli weighted tokens; less than 0 if too much was charged before."""
+        self.attained += amount
+        self.counter += amount * MILLI // self.weight
+
+    @property
+    def is_backlogged(self) -> bool:
+        """Whether its queue is not empty; what runs, or is about to, does not count."""
+        return bool(self.programs)
+
+
+class Request:
+    """A request, who pays for it, and where it waits. ``number`` counts arrivals; it and ``arrived_at`` never change.
+    ``not_before``: until when its last worker has asked it to stay away."""
+
+    __slots__ = ("account", "arrived_at", "id", "not_before", "number", "place", "program", "rank")
+
+    def __init__(
+        self, request: RequestId, account: Account, *, rank: int, program: str, number: int, arrived_at: float
+    ) -> None:
+        self.id = request
+        self.account = account
+        self.rank = rank
+        self.program = program
+        self.number = number
+        self.arrived_at = arrived_at
+        self.not_before = 0.0
+        self.place = Place.NOWHERE

@@ -1,0 +1,168 @@
+"""Which of a tenant's own requests is next: programs by attained service (PLAS, Autellix, arXiv 2502.13965, §4.2).
+
+A program's level is the logarithm of the service that its finished calls have had, in units that are calibrated by the
+calls seen (the paper gives none; a ladder that is too high orders nothing). Where we differ: levels do not order
+strictly. A class weighs a minute of waiting and a level five seconds, so whoever waits long enough is first: nobody
+starves, and no promotion has to be watched for. What is ordered here never changes what the tenant as a whole gets.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
+
+from core.ids import RequestId
+from routing.fairness.ordered import Key, Ordered
+
+RANK_S = 60.0
+"""How many seconds of waiting one class is worth."""
+LEVEL_S = 5.0
+"""How many seconds of waiting one level is worth."""
+LEVELS = 6
+HALF_LIFE_S = 60.0
+"""After how long without a call half of a program's service is forgotten."""
+REMEMBERED = 512
+"""Programs of one tenant that are remembered while they do nothing; the ones used longest ago are forgotten first."""
+
+
+class Waiting(Protocol):
+    """A request as its tenant's order sees it. ``number`` counts arrivals; no field ever changes."""
+
+    id: RequestId
+    rank: int
+    program: str
+    number: int
+    arrived_at: float
+
+
+Call = TypeVar("Call", bound=Waiting)
+
+
+class Ladder:
+    """The levels of one model: the first one ends at the 25th percentile of the service of recent calls."""
+
+    SKIPPED = 32  # calls before the first calibration; until then all programs are equal
+    WINDOW = 256
+
+    def __init__(self) -> None:
+        self._recent: deque[int] = deque(maxlen=self.WINDOW)
+        self._num_seen = 0
+        self.first_rung: int | None = None
+
+    def observe(self, service: int) -> None:
+        """A call has ended that was served so much."""
+        self._recent.append(service)
+        self._num_seen += 1
+        if self._num_seen % self.SKIPPED == 0:
+            self.first_rung = max(1, sorted(self._recent)[len(self._recent) // 4])
+
+    def level(self, service: int) -> int:
+        """Return the level of a program whose calls have had so much; each is twice as high as the one below."""
+        if self.first_rung is None:
+            return 0
+        return min(LEVELS - 1, (service // self.first_rung).bit_length())
+
+
+class Program:
+    """What one program of a tenant has had. ``service``: milli weighted tokens, less what is forgotten."""
+
+    __slots__ = ("idle_since", "num_open", "service")
+
+    def __init__(self) -> None:
+        self.service = 0
+        self.num_open = 0
+        self.idle_since = 0.0
+
+
+class _Row(Generic[Call]):
+    """The waiting calls of one program and class, in order of arrival."""
+
+    __slots__ = ("calls", "name", "program", "rank")
+
+    def __init__(self, name: tuple[str, int], program: Program | None) -> None:
+        self.name = name
+        self.rank = name[1]
+        self.program = program
+        self.calls: OrderedDict[RequestId, Call] = OrderedDict()
+
+    @property
+    def head(self) -> Call:
+        return next(iter(self.calls.values()))
+
+
+class Programs(Generic[Call]):
+    """One tenant's waiting requests in order. ``is_flat``: by arrival alone; to be changed only while none waits."""
+
+    def __init__(self, ladder: Ladder, *, is_flat: bool) -> None:
+        self._ladder = ladder
+        self.is_flat = is_flat
+        self._known: dict[str, Program] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()  # those with no call open, the longest idle first
+        self._rows: dict[tuple[str, int], _Row[Call]] = {}
+        self._order: Ordered[_Row[Call]] = Ordered(self._key)
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def __iter__(self) -> Iterator[Call]:
+        return (call for row in self._rows.values() for call in row.calls.values())
+
+    def open(self, name: str, now: float) -> None:
+        """A call of the program has come. Calls without a program's name are programs of their own."""
+        if not name:
+            return
+        program = self._known.get(name)
+        if program is None:
+            program = self._known[name] = Program()
+        elif not program.num_open:
+            program.service = int(program.service * 0.5 ** ((now - program.idle_since) / HALF_LIFE_S))
+        self._idle.pop(name, None)
+        program.num_open += 1
+        self._forget_idle()
+
+    def close(self, name: str, service: int, now: float) -> None:
+        """A call of the program is over; it was served so much."""
+        if service:
+            self._ladder.observe(service)
+        program = self._known.get(name)
+        if program is not None:
+            program.num_open -= 1
+            program.service += service
+            program.idle_since = now
+            if not program.num_open:
+                self._idle[name] = None
+
+    def push(self, request: Call, *, front: bool = False) -> None:
+        """Add a request behind those of its program and class, or before them if it has run already."""
+        name = ("", 0) if self.is_flat else (request.program, request.rank)
+        row = self._rows.get(name)
+        if row is None:
+            row = self._rows[name] = _Row(name, None if self.is_flat else self._known.get(request.program))
+        row.calls[request.id] = request
+        if front:
+            row.calls.move_to_end(request.id, last=False)
+        self._order.put(row)
+
+    def remove(self, request: Call) -> None:
+        """Take out a request that waits here."""
+        name = ("", 0) if self.is_flat else (request.program, request.rank)
+        row = self._rows[name]
+        del row.calls[request.id]
+        if not row.calls:
+            del self._rows[name]
+            self._order.discard(row)
+
+    def first(self) -> Call | None:
+        """Return the request that is next."""
+        row = self._order.first()
+        return row.head if row is not None else None
+
+    def _key(self, row: _Row[Call]) -> Key:
+        head = row.head
+        if self.is_flat:
+            return (head.number, 0)
+        level = self._ladder.level(row.program.service) if row.program is not None else 0
+        return (head.arrived_at + RANK_S * row.rank + LEVEL_S * level, head.number)
+
+    def _forget_idle(self) -> None:
+        if len(self._known) > REMEMBERED and self._idle:
+            del self._known[self._idle.popitem(last=False)[0]]

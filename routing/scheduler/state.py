@@ -1,0 +1,225 @@
+"""What the scheduler remembers of requests, legs, workers and models."""
+
+from core.ids import LegId, ModelName, WorkerId
+from routing.breaker import Breaker
+from routing.fairness.account import Account
+from routing.fairness.account import Request as Waiting
+from routing.fairness.line import Line
+from routing.fairness.policy import Fairness
+from routing.fairness.preemption import PER_WORKER
+from routing.fairness.resume_cost import ResumeCost
+from routing.scheduler.effects import CutFor
+from routing.scheduler.events import Submit, WorkerView
+from routing.scheduler.pace import Pace
+
+FOREVER = float("inf")
+
+
+class Request(Waiting):
+    """A request from its ``Submit`` to its end. ``deadline``: until when it may wait; a begun answer may for ever.
+
+    ``delivered``: tokens of its answer so far. ``charged``: what its tenant has paid for the prompt, in tokens, and
+    None before its first start; ``is_settled``: that this is what the engine really did. ``spent``: milli weighted
+    tokens in all. ``home``: the worker, and its incarnation, that ran it last and may hold its cache. ``target``: the
+    worker that keeps a slot for it. ``cut_for``: why its last leg was cut; None if it failed. ``owed``: tokens that are
+    held in the budget for waste until it goes on.
+    """
+
+    __slots__ = (
+        "charged",
+        "cut_for",
+        "deadline",
+        "delivered",
+        "earned",
+        "home",
+        "is_cancelled",
+        "is_committed",
+        "is_pinned",
+        "is_settled",
+        "leg",
+        "model_index",
+        "models",
+        "num_attempts",
+        "num_cuts",
+        "num_legs",
+        "owed",
+        "prompt_tokens",
+        "queue_timeout",
+        "spent",
+        "target",
+        "tokens_estimate",
+        "tried",
+        "waits_since",
+        "weight",
+    )
+
+    def __init__(self, event: Submit, account: Account, number: int) -> None:
+        super().__init__(
+            event.request, account, rank=event.rank, program=event.program, number=number, arrived_at=event.now
+        )
+        self.models = event.models
+        self.tokens_estimate = event.tokens_estimate
+        self.prompt_tokens = event.prompt_tokens
+        self.queue_timeout = event.queue_timeout
+        self.weight = event.weight
+        self.is_pinned = event.is_pinned
+        self.deadline = FOREVER
+        self.waits_since = event.now
+        self.model_index = 0
+        self.num_legs = 0
+        self.num_attempts = 0
+        self.num_cuts = 0
+        self.delivered = 0
+        self.charged: int | None = None
+        self.is_settled = False
+        self.spent = 0
+        self.earned = 0
+        self.cut_for: CutFor | None = None
+        self.owed = 0
+        self.leg: Leg | None = None
+        self.home: tuple[WorkerId, int] | None = None
+        self.target: WorkerState | None = None
+        self.is_committed = False
+        self.is_cancelled = False
+        self.tried: set[WorkerId] = set()
+
+    @property
+    def model(self) -> ModelName:
+        """The model that it waits for or runs on."""
+        return self.models[self.model_index]
+
+    @property
+    def context(self) -> int:
+        """Tokens that its next leg has to begin with."""
+        return self.prompt_tokens + self.delivered
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that its answer may still have, at most."""
+        return self.tokens_estimate - self.prompt_tokens - self.delivered
+
+
+class Leg:
+    """One run of a request. ``breaker``: of the worker as it was at the start, since a leg's end says nothing of a
+    later incarnation. ``ran``: tokens that it has delivered. ``context``: tokens that it began with, of which
+    ``resumed`` were of the answer. ``load``: legs on the worker when it started. ``has_begun``: its prompt is done;
+    ``is_told``: the engine has said what it prefilled. ``goes_on_after``: why the leg before it was cut, if it was."""
+
+    __slots__ = (
+        "breaker",
+        "context",
+        "cut_for",
+        "first_at",
+        "goes_on_after",
+        "has_begun",
+        "id",
+        "is_home",
+        "is_told",
+        "is_trial",
+        "load",
+        "outstanding",
+        "ran",
+        "request",
+        "resumed",
+        "started_at",
+        "worker",
+    )
+
+    def __init__(self, name: LegId, request: Request, worker: "WorkerState", now: float) -> None:
+        self.id = name
+        self.request = request
+        self.worker = worker
+        self.outstanding = request.tokens_estimate
+        self.has_begun = False
+        self.goes_on_after = request.cut_for
+        self.breaker = worker.breaker
+        self.is_trial = worker.breaker.on_start()
+        self.is_told = False
+        self.is_home = request.home == (worker.view.id, worker.view.incarnation)
+        self.context = request.context
+        self.resumed = request.delivered
+        self.started_at = now
+        self.first_at: float | None = None
+        self.load = worker.num_running + 1
+        self.ran = 0
+        self.cut_for: CutFor | None = None
+
+    @property
+    def num_cuts(self) -> int:
+        """How often the request was cut for others."""
+        return self.request.num_cuts
+
+    @property
+    def is_movable(self) -> bool:
+        """Whether it may be cut at all: nobody has done so, and its worker has let go of most that were."""
+        return self.cut_for is None and self.worker.num_cutting < PER_WORKER
+
+    def deliver(self, tokens: int) -> None:
+        """So many tokens, of the prompt or of the answer, are no longer outstanding."""
+        done = min(tokens, self.outstanding)
+        self.outstanding -= done
+        self.worker.outstanding -= done
+
+    def is_eligible(self, quantum: int) -> bool:
+        """Whether it may be cut for another tenant: it ran long enough, has more to do, and its slot could be used."""
+        if self.ran < quantum or not self.is_movable or self.request.remaining <= quantum:
+            return False
+        worker = self.worker
+        return worker.is_usable and worker.num_running <= worker.view.max_inflight and worker.breaker.open_until is None
+
+    def resume_tokens(self) -> int:
+        """Return how many tokens will probably be computed again when the request goes on."""
+        return self.worker.resume_cost.tokens(self.request.context, is_home=True)
+
+
+class WorkerState:
+    """``outstanding``: tokens its legs may still deliver. ``num_cutting``: legs that were cut for another's sake and
+    have not ended. ``num_held``: free slots that are kept for legs on their way here."""
+
+    def __init__(self, view: WorkerView) -> None:
+        self.view = view
+        self.breaker = Breaker()
+        self.num_running = 0
+        self.num_cutting = 0
+        self.num_held = 0
+        self.outstanding = 0
+        self.legs: dict[LegId, Leg] = {}
+        self.resume_cost = ResumeCost()
+        self.pace = Pace()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it takes new work at all."""
+        return self.view.is_ready and not self.view.is_draining
+
+    @property
+    def room(self) -> int:
+        """How many more legs it may be given; those that slots are kept for come on top."""
+        return self.view.max_inflight - self.num_running - self.num_held if self.is_usable else 0
+
+
+class Model:
+    """One model: who waits for it, its workers, those with room, and by account the legs that may be cut."""
+
+    def __init__(self, name: ModelName, fairness: Fairness) -> None:
+        self.name = name
+        self.line = Line(fairness)
+        self.workers: list[WorkerState] = []
+        self.with_room: dict[WorkerId, WorkerState] = {}
+        self.cuttable: dict[Account, dict[LegId, Leg]] = {}
+        self.num_held = 0  # requests that a slot is kept for
+        self.num_migrated = 0
+        self.num_drained = 0
+        self.num_recovered = 0
+
+    def refresh(self, worker: WorkerState) -> None:
+        """Note whether the worker has room now."""
+        if worker.room > 0:
+            self.with_room[worker.view.id] = worker
+        else:
+            self.with_room.pop(worker.view.id, None)
+
+    @property
+    def has_hope(self) -> bool:
+        """Whether a worker is ready or may be again."""
+        return any(worker.view.is_ready or worker.view.may_return for worker in self.workers)

@@ -1,0 +1,133 @@
+"""A tenant's own order: classes, programs by what their calls have had, arrival; and nobody waits for ever."""
+
+import msgspec
+
+from core.ids import RequestId
+from routing.fairness.programs import HALF_LIFE_S, LEVEL_S, RANK_S, REMEMBERED, Ladder, Programs
+
+
+class Call(msgspec.Struct):
+    id: RequestId
+    program: str
+    rank: int
+    number: int
+    arrived_at: float
+
+
+class Tenant:
+    """Calls of one tenant; the ladder has seen enough calls of service 100."""
+
+    def __init__(self, *, is_flat: bool = False) -> None:
+        self.ladder = Ladder()
+        for _ in range(Ladder.SKIPPED):
+            self.ladder.observe(100)
+        self.programs: Programs[Call] = Programs(self.ladder, is_flat=is_flat)
+        self.number = 0
+
+    def call(self, program: str = "", rank: int = 0, at: float = 0.0, *, front: bool = False) -> Call:
+        self.number += 1
+        made = Call(RequestId(f"{program}{self.number}"), program, rank, self.number, at)
+        self.programs.open(program, at)
+        self.programs.push(made, front=front)
+        return made
+
+    def served(self, program: str, service: int, at: float = 0.0) -> None:
+        """A call of the program has come and gone."""
+        self.programs.open(program, at)
+        self.programs.close(program, service, at)
+
+    def order(self) -> list[str]:
+        order: list[str] = []
+        while (call := self.programs.first()) is not None:
+            self.programs.remove(call)
+            order.append(call.id)
+        return order
+
+
+def test_inside_a_tenant_the_most_urgent_goes_first_and_equals_in_order_of_arrival() -> None:
+    tenant = Tenant()
+    for program, rank in (("batch", 2), ("standard", 1), ("now", 0), ("too", 0)):
+        tenant.call(program, rank)
+
+    assert tenant.order() == ["now3", "too4", "standard2", "batch1"]
+
+
+def test_a_program_that_has_had_much_goes_behind_one_that_has_had_little() -> None:
+    tenant = Tenant()
+    tenant.served("long", 1000)
+    tenant.call("long")
+    tenant.call("short")
+    tenant.call()
+
+    assert tenant.order() == ["short2", "3", "long1"]
+
+
+def test_who_waits_long_enough_goes_first_whatever_its_program_has_had() -> None:
+    tenant = Tenant()
+    tenant.served("long", 100_000)
+    tenant.call("long", at=0.0)
+    tenant.call("short", at=5 * LEVEL_S + 1)
+
+    assert tenant.order() == ["long1", "short2"]
+
+
+def test_who_waits_long_enough_goes_first_whatever_its_class() -> None:
+    tenant = Tenant()
+    tenant.call("batch", 2, at=0.0)
+    tenant.call("now", 0, at=2 * RANK_S + 1)
+
+    assert tenant.order() == ["batch1", "now2"]
+
+
+def test_a_call_that_has_run_goes_before_the_rest_of_its_program() -> None:
+    tenant = Tenant()
+    tenant.call("p", at=1.0)
+    tenant.call("p", at=0.5, front=True)
+
+    assert tenant.order() == ["p2", "p1"]
+
+
+def test_what_a_program_has_had_is_forgotten_while_it_does_nothing() -> None:
+    tenant = Tenant()
+    tenant.served("long", 1000, at=0.0)
+    tenant.call("long", at=10 * HALF_LIFE_S)
+    tenant.call("short", at=10 * HALF_LIFE_S)
+
+    assert tenant.order() == ["long1", "short2"]
+
+
+def test_all_programs_are_equal_before_the_ladder_is_calibrated() -> None:
+    ladder = Ladder()
+    for _ in range(Ladder.SKIPPED - 1):
+        ladder.observe(100)
+    assert ladder.level(10**9) == 0
+
+    ladder.observe(100)
+
+    assert [ladder.level(service) for service in (99, 100, 200, 400, 10**9)] == [0, 1, 2, 3, 5]
+
+
+def test_a_flat_order_is_arrival_alone() -> None:
+    tenant = Tenant(is_flat=True)
+    tenant.served("long", 1000)
+    for program, rank in (("long", 2), ("short", 0)):
+        tenant.call(program, rank)
+
+    assert tenant.order() == ["long1", "short2"]
+
+
+def test_a_program_with_open_calls_is_never_forgotten() -> None:
+    tenant = Tenant()
+    for index in range(REMEMBERED + 10):
+        tenant.call(f"p{index}")
+
+    assert len(tenant.order()) == REMEMBERED + 10
+    assert len(tenant.programs._known) == REMEMBERED + 10
+
+
+def test_no_more_programs_are_remembered_than_a_bound() -> None:
+    tenant = Tenant()
+    for index in range(2 * REMEMBERED):
+        tenant.served(f"p{index}", 1)
+
+    assert len(tenant.programs._known) == REMEMBERED

@@ -1,0 +1,76 @@
+"""Answers of a real vLLM that are cut and go on: nothing delivered is lost, doubled or altered, and greedy ones differ
+from the undisturbed only where rounding does."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from core.chat import Endpoint
+from engines.drivers.vllm import VllmDriver
+from tests.contract.beds import Bed, after, ask, every
+from tests.fakes.workers import view
+from tests.vllm.conftest import SLOTS, START_TIMEOUT_S, Vllm
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2.5 * START_TIMEOUT_S)]
+
+PROMPT = "Repeat exactly: 🙂🙂 Größe, 世界, naïve. Then count to ten in words."
+
+
+@pytest_asyncio.fixture
+async def bed(vllm: Vllm) -> AsyncIterator[Bed]:
+    worker = vllm.worker()
+    key = psutil.Process(worker["pid"]).environ()["VLLM_API_KEY"]
+    driver = VllmDriver(worker["url"], key, served_name="smol")
+    assert (await driver.capabilities()).continuation
+    made = Bed({"m-0": driver}, ("id", "model", "object", "created"))
+    async with made.dispatcher:
+        made.dispatcher.on_worker(view("m-0", slots=SLOTS))
+        yield made
+    await driver.close()
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.CHAT, Endpoint.COMPLETIONS])
+async def test_a_greedy_answer_cut_here_and_there_is_the_undisturbed_one(bed: Bed, endpoint: Endpoint) -> None:
+    undisturbed = await bed.tell(ask(endpoint=endpoint, prompt=PROMPT))
+    num_equal = 0
+    for at in (1, 2, 5, 11, 17):
+        cut = await bed.tell(ask(endpoint=endpoint, prompt=PROMPT), after(at))
+        assert (cut.faults, cut.legs) == ([], ["preempted", "done"])
+        assert cut.usage["prompt_tokens"] == undisturbed.usage["prompt_tokens"]
+        assert cut.usage["completion_tokens"] <= undisturbed.usage["completion_tokens"] or cut.finish == "stop"
+        num_equal += (cut.text, cut.finish) == (undisturbed.text, undisturbed.finish)
+    print(f"{num_equal} of 5 equal the undisturbed answer")
+    assert num_equal
+
+
+@pytest.mark.parametrize("body", [{"max_tokens": 9}, {"stop": ["ten", "two"]}, {"max_tokens": 64}], ids=str)
+async def test_an_answer_cut_again_and_again_keeps_its_limits(bed: Bed, body: dict[str, Any]) -> None:
+    cut = await bed.tell(ask(prompt=PROMPT, **body), every(6))
+
+    assert cut.faults == []
+    assert cut.finish in {"stop", "length"}
+    assert cut.usage["completion_tokens"] <= body.get("max_tokens", 24)
+    assert (cut.finish == "length") == (cut.usage["completion_tokens"] == body.get("max_tokens", 24))
+    assert not any(stop in cut.text for stop in body.get("stop", ()))
+
+
+async def test_what_the_client_reads_of_an_undisturbed_answer_is_what_vllm_writes(bed: Bed, vllm: Vllm) -> None:
+    asked = ask(prompt=PROMPT, max_tokens=6)
+    run = bed.dispatcher.submit(asked)
+    body = b"".join([piece async for piece in run.chunks()])
+    run.close()
+    async with vllm.direct() as client:
+        plain = await client.post("/v1/chat/completions", json={**asked.body, "model": "smol"})
+
+    assert members(body) == members(plain.content)
+    assert b'token_ids":[' not in body
+
+
+def members(body: bytes) -> list[list[bytes]]:
+    """Return the events' bytes less what is another one in every answer."""
+    changing = (b'"id":', b'"created":', b'"usage":')
+    frames = [frame for frame in body.split(b"\n\n") if b"[DONE]" not in frame and b'"usage":{' not in frame]
+    return [[part for part in frame.split(b",") if not any(name in part for name in changing)] for frame in frames]
