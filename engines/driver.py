@@ -40,12 +40,14 @@ class Continuation(msgspec.Struct, frozen=True):
     no more and no less.
 
     ``prompt_ids`` and ``ids`` are the prompt's and the text's token ids where the engine has told them; ``ids`` may say
-    more than the text, where an engine holds text back.
+    more than the text, where an engine holds text back. ``num_tokens``: how many the text took, where the engine has
+    told that; the same text may be fewer when it is parted anew, and limits count what was made.
     """
 
     texts: Sequence[str]
     prompt_ids: list[int] | None = None
     ids: list[int] | None = None
+    num_tokens: int | None = None
 
     @property
     def text(self) -> str:

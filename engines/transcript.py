@@ -63,7 +63,11 @@ class Transcript:
     def past(self) -> Continuation:
         """Return what the next leg has to know."""
         has_ids = self._has_ids and (self._num_sure > 0 or not self._texts)
-        return Continuation(tuple(self._texts), self._prompt_ids, self._ids[: self._num_sure] if has_ids else None)
+        ids = self._ids[: self._num_sure] if has_ids else None
+        num_tokens = len(ids) if ids is not None else None
+        if self._usage is not None:
+            num_tokens = self._usage.completion_tokens
+        return Continuation(tuple(self._texts), self._prompt_ids, ids, num_tokens)
 
     # What the first leg has said
 

@@ -83,21 +83,22 @@ class VllmDriver(OpenAIDriver):
         by_ids = past.ids is not None and not call.body.get("stop") and await self._says(past.ids, past.text)
         ids = past.ids if by_ids and past.ids is not None else await self._ids_of_text(call, past.text)
         limit = self._limit(call, len(prompt_ids))
-        if limit is not None and len(ids) >= limit:
+        num_past = len(ids) if past.num_tokens is None else past.num_tokens
+        if limit is not None and num_past >= limit:
             ended = {"finish_reason": "length", "stop_reason": None}
-            yield Piece(ending=ended, usage=Usage(len(prompt_ids), len(ids)))
+            yield Piece(ending=ended, usage=Usage(len(prompt_ids), num_past))
             return
         body = {key: value for key, value in self._body(call).items() if key not in _NOT_OF_COMPLETIONS}
         body |= {"prompt": prompt_ids + ids, "stream": True, "stream_options": {"include_usage": True}}
         body["return_token_ids"] = True
         if limit is not None:
-            body["max_tokens"] = limit - len(ids)
+            body["max_tokens"] = limit - num_past
         if isinstance(least := body.get("min_tokens"), int):
-            body["min_tokens"] = max(0, least - len(ids))
+            body["min_tokens"] = max(0, least - num_past)
         reader = StreamReader(Endpoint.COMPLETIONS, strips_usage=False)
-        if limit is None or limit - len(ids) > _WORTH_ASKING:
+        if limit is None or limit - num_past > _WORTH_ASKING:
             yield Piece(prefilled=await self._prefill(body))
-        begun: Usage | None = Usage(len(prompt_ids), len(ids))
+        begun: Usage | None = Usage(len(prompt_ids), num_past)
         try:
             async for chunk in self._wire.stream(Endpoint.COMPLETIONS, call, msgspec.json.encode(body), reader):
                 for frame in split(chunk.raw) if chunk.is_progress else ():
@@ -111,7 +112,7 @@ class VllmDriver(OpenAIDriver):
             raise meant from error
         if reader.usage is not None:
             used = reader.usage
-            whole = Usage(used.prompt_tokens - len(ids), used.completion_tokens + len(ids))
+            whole = Usage(used.prompt_tokens - len(ids), used.completion_tokens + num_past)
             yield Piece(usage=whole, prefilled=used.prompt_tokens - used.cached_tokens)
 
     async def _prefill(self, body: dict[str, Any]) -> int | None:
