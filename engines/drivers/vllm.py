@@ -30,6 +30,7 @@ _NOT_OF_COMPLETIONS = frozenset({
     "tools", "tool_choice", "parallel_tool_calls", "response_format", "logprobs",
 })  # fmt: skip
 _TEMPLATE_KEYS = ("chat_template_kwargs", "add_generation_prompt")
+_NO_CHARACTER = "\ufffd"
 _DEFAULT_LIMIT = 16  # of /v1/completions
 _WORTH_ASKING = 32  # tokens still to come: of a shorter answer the usage comes soon enough
 _PREFILL_TIMEOUT_S = 120.0
@@ -149,11 +150,17 @@ class VllmDriver(OpenAIDriver):
         return msgspec.convert(answer.get("tokens"), list[int])
 
     async def _says(self, ids: list[int], text: str) -> bool:
-        """Return whether the ids say the text and nothing else: they may end inside a character, or be special."""
+        """Return whether the ids say the text and nothing else: they may end inside a character, or be special.
+
+        What is no UTF-8 is told by other numbers of replacement characters when it is told at once: there they count
+        for nothing but at the end, where one means a character that has not been delivered.
+        """
         if not ids:
             return not text
         told = (await self.detokenize({"tokens": ids})).get("prompt")
-        return isinstance(told, str) and told.lstrip(" ") == text.lstrip(" ")
+        if not isinstance(told, str) or (told.endswith(_NO_CHARACTER) and not text.endswith(_NO_CHARACTER)):
+            return False
+        return told.replace(_NO_CHARACTER, "").lstrip(" ") == text.replace(_NO_CHARACTER, "").lstrip(" ")
 
     def _limit(self, call: Call, num_prompt: int) -> int | None:
         limit = limit_of(call)

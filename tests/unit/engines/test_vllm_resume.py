@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 import pytest_asyncio
 from aiohttp import web
 
@@ -19,12 +20,13 @@ class Forgetful:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.says = "something else"
 
     async def tokenize(self, _: web.Request) -> web.Response:
         return web.json_response({"tokens": [9], "count": 1})
 
     async def detokenize(self, _: web.Request) -> web.Response:
-        return web.json_response({"prompt": "something else"})
+        return web.json_response({"prompt": self.says})
 
     async def complete(self, request: web.Request) -> web.Response:
         self.asked.append(await request.json())
@@ -67,3 +69,21 @@ async def test_nothing_is_asked_for_when_all_tokens_have_been_made(engine: tuple
     (piece,) = await pieces_of(driver, past, limit=3)
     assert piece.ending == {"finish_reason": "length", "stop_reason": None}
     assert not forgetful.asked
+
+
+@pytest.mark.parametrize(
+    ("says", "text", "goes_by_ids"),
+    [
+        ("a\ufffd\ufffdb", "a\ufffdb", True),  # bytes that are no text, told as so many signs or so
+        ("ab\ufffd", "ab", False),  # half a character that the client has not got
+        ("ab\ufffd\ufffd", "ab\ufffd", True),
+        ("abc", "ab", False),
+    ],
+)
+async def test_ids_are_gone_on_from_if_they_say_what_was_delivered(
+    engine: tuple[Forgetful, VllmDriver], says: str, text: str, goes_by_ids: bool
+) -> None:
+    forgetful, driver = engine
+    forgetful.says = says
+    await pieces_of(driver, Continuation((text,), prompt_ids=[1], ids=[4, 5], num_tokens=2), limit=20)
+    assert forgetful.asked[-1]["prompt"] == ([1, 4, 5] if goes_by_ids else [1, 9])
