@@ -83,8 +83,8 @@ class VllmDriver(OpenAIDriver):
         prompt_ids = past.prompt_ids if past.prompt_ids is not None else await self._ids_of_prompt(call)
         by_ids = past.ids is not None and not call.body.get("stop") and await self._says(past.ids, past.text)
         ids = past.ids if by_ids and past.ids is not None else await self._ids_of_text(call, past.text)
-        limit = self._limit(call, len(prompt_ids))
         num_past = len(ids) if past.num_tokens is None else past.num_tokens
+        limit = self._limit(call, len(prompt_ids), len(ids) - num_past)
         if limit is not None and num_past >= limit:
             ended = {"finish_reason": "length", "stop_reason": None}
             yield Piece(ending=ended, usage=Usage(len(prompt_ids), num_past))
@@ -162,13 +162,16 @@ class VllmDriver(OpenAIDriver):
             return False
         return told.replace(_NO_CHARACTER, "").lstrip(" ") == text.replace(_NO_CHARACTER, "").lstrip(" ")
 
-    def _limit(self, call: Call, num_prompt: int) -> int | None:
+    def _limit(self, call: Call, num_prompt: int, num_more: int) -> int | None:
+        """Return how many tokens the answer may have in all. ``num_more``: how many more its text is when it is parted
+        anew than it was made of; they take room of the context."""
         limit = limit_of(call)
         if limit is None and call.endpoint is Endpoint.COMPLETIONS:
-            return _DEFAULT_LIMIT
-        if limit is None and self._context_tokens is not None:
-            return self._context_tokens - num_prompt
-        return limit
+            limit = _DEFAULT_LIMIT
+        if self._context_tokens is None:
+            return limit
+        room = self._context_tokens - num_prompt - num_more
+        return room if limit is None else min(limit, room)
 
     def _meaning_of(self, error: UpstreamError, call: Call) -> ForebayError:
         if _DEAD in error.message:

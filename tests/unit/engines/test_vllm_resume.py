@@ -71,6 +71,16 @@ async def test_nothing_is_asked_for_when_all_tokens_have_been_made(engine: tuple
     assert not forgetful.asked
 
 
+async def test_a_text_of_more_tokens_than_it_was_made_of_still_fits_the_context(
+    engine: tuple[Forgetful, VllmDriver],
+) -> None:
+    forgetful, driver = engine
+    driver._context_tokens = 8
+    past = Continuation(("abc",), prompt_ids=[1, 2, 3], num_tokens=0)  # one token by the engine's parting of today
+    await pieces_of(driver, past, limit=20)
+    assert forgetful.asked[-1]["max_tokens"] == 8 - 3 - 1
+
+
 @pytest.mark.parametrize(
     ("says", "text", "goes_by_ids"),
     [

@@ -206,7 +206,8 @@ class World:
         self.num_cuts += 1
         if abort.why == "preempted":
             for request in self.waiting:
-                if self.place(request) is Place.CLAIMING:
+                known = self.scheduler._requests.get(request)
+                if known is not None and known.place is Place.CLAIMING and known.model == start.model:
                     self._claimants[request] = start.model
         assert not self.requests[start.request].is_pinned
         pending = [leg for leg, why in self.cuts.items() if self.running[leg].worker == start.worker]
