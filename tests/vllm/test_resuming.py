@@ -35,15 +35,18 @@ async def bed(vllm: Vllm) -> AsyncIterator[Bed]:
 @pytest.mark.parametrize("endpoint", [Endpoint.CHAT, Endpoint.COMPLETIONS])
 async def test_a_greedy_answer_cut_here_and_there_is_the_undisturbed_one(bed: Bed, endpoint: Endpoint) -> None:
     undisturbed = await bed.tell(ask(endpoint=endpoint, prompt=PROMPT))
-    num_equal = 0
+    num_equal = num_cut = 0
     for at in (1, 2, 5, 11, 17):
         cut = await bed.tell(ask(endpoint=endpoint, prompt=PROMPT), after(at))
-        assert (cut.faults, cut.legs) == ([], ["preempted", "done"])
+        assert cut.faults == []
+        assert cut.legs in (["preempted", "done"], ["done"])  # a starved server sends the rest at once: nothing to cut
+        num_cut += len(cut.legs) > 1
         assert cut.usage["prompt_tokens"] == undisturbed.usage["prompt_tokens"]
         assert cut.usage["completion_tokens"] <= undisturbed.usage["completion_tokens"] or cut.finish == "stop"
         num_equal += (cut.text, cut.finish) == (undisturbed.text, undisturbed.finish)
-    print(f"{num_equal} of 5 equal the undisturbed answer")
+    print(f"{num_equal} of 5 equal the undisturbed answer, {num_cut} were cut")
     assert num_equal
+    assert num_cut >= 2
 
 
 @pytest.mark.parametrize("body", [{"max_tokens": 9}, {"stop": ["ten", "two"]}, {"max_tokens": 64}], ids=str)
