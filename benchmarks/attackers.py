@@ -7,12 +7,13 @@ it and promised nothing: hundreds of requests a second are a flood whatever is i
 
 Method: the gateway has one core; engine, attackers (a process of their own, of the lowest priority) and the measured
 clients share another. Sixteen clients ask for streams of a tenth of a second, each as soon as it has its answer.
-For every attacker a quiet turn and a turn beside it follow each other; rounds go through the attackers forward and
-backward in turn. A ratio is that of the 99th percentiles of all turns beside the attacker and of all quiet turns before
-them; its interval is the 95 % bootstrap over answers. A turn lasts until it has the answers that a percentile needs.
+Turns of a second beside each attacker alternate with quiet ones, one for every three; rounds go through the attackers
+forward and backward in turn. A ratio is that of the 99th percentiles of all turns beside the attacker and of all quiet
+turns. Its interval is the 95 % bootstrap over turns and over the answers in them: what a machine does for a second
+counts once, however many answers it delays.
 
-    python -m benchmarks.attackers             three rounds, about 8 minutes
-    python -m benchmarks.attackers --quick     one round, within 4 minutes
+    python -m benchmarks.attackers             eighteen rounds, about 8 minutes
+    python -m benchmarks.attackers --quick     six rounds, within 3 minutes
 
 Ends with 1 if a target is missed.
 """
@@ -22,42 +23,40 @@ import asyncio
 import itertools
 import json
 import os
-import platform
 import random
 import resource
-import shlex
-import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
-import psutil
 from aiohttp import web
 
-from benchmarks.loopback.cache import ROOT, Missing
-from benchmarks.loopback.processes import Cores
-from benchmarks.loopback.stats import P99_SAMPLES
-from benchmarks.overhead import QUIET, commit, now, say
+from benchmarks.loopback.cache import ROOT
+from benchmarks.loopback.processes import Cores, Failed
+from benchmarks.loopback.stats import p99
+from benchmarks.reporting import beginning, exit_status, say, write_results
 from tests.e2e.asking import connected, until
 from tests.fakes.engine import FakeEngine
 from tests.fakes.gateway import GatewayProcess, attached
 from tests.fakes.replay import Replay, stream
 
-RESULTS = ROOT / "benchmarks" / "results"
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hello."}]
 ENGINE: dict[str, Any] = {"tokens": 12, "ttft_ms": 40, "itl_ms": 5}
 CLIENTS = 16
-SAMPLES = 2 * P99_SAMPLES  # of a turn
+SAMPLES = 160  # of a turn
+QUIET_EVERY = 3  # turns beside an attacker
 READERS = 1000
 EACH_S = 0.05  # a bomb
 FLOODS = {"choices_flood": "choices", "depth_flood": "depth"}  # sent without a pause
-ROUNDS = 3
+ROUNDS, QUICK_ROUNDS = 18, 6
 RESAMPLES = 400
 AT_MOST_BOMBS, AT_MOST_READERS = 1.2, 1.1
 ATTACKERS_KEY = "fbk_the-key-of-whoever-attacks-here"
@@ -216,10 +215,6 @@ class Attackers:
         return answer
 
 
-class Failed(RuntimeError):
-    """The run cannot go on."""
-
-
 @asynccontextmanager
 async def attackers() -> AsyncIterator[Attackers]:
     """The attackers' process, at rest; gone when the block ends."""
@@ -267,50 +262,66 @@ class Ratio(NamedTuple):
     high: float
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that so many of them do not exceed."""
-    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+Turns = list[list[float]]
 
 
-def ratio(beside: Sequence[float], alone: Sequence[float]) -> Ratio:
-    """The ratio of the 99th percentiles; its draws are seeded, so the same values give the same interval."""
+def ratio(beside: Turns, alone: Turns) -> Ratio:
+    """The ratio of the 99th percentiles; its draws are seeded, so the same values give the same interval.
+
+    Raises ``Failed`` where there are too few answers for a percentile.
+    """
+    middle = _p99(beside) / _p99(alone)
     draw = random.Random(len(beside))
-    drawn = sorted(
-        percentile(draw.choices(beside, k=len(beside)), 0.99) / percentile(draw.choices(alone, k=len(alone)), 0.99)
-        for _ in range(RESAMPLES)
-    )
+
+    def drawn(turns: Turns) -> Turns:
+        return [draw.choices(turn, k=len(turn)) for turn in draw.choices(turns, k=len(turns))]
+
+    ratios = sorted(_p99(drawn(beside)) / _p99(drawn(alone)) for _ in range(RESAMPLES))
     cut = RESAMPLES // 40
-    return Ratio(percentile(beside, 0.99) / percentile(alone, 0.99), drawn[cut], drawn[-1 - cut])
+    return Ratio(middle, ratios[cut], ratios[-1 - cut])
+
+
+def _p99(turns: Turns) -> float:
+    value = p99(list(itertools.chain.from_iterable(turns)))
+    if value is None:
+        raise Failed("there are too few answers for a 99th percentile: more rounds")
+    return value
 
 
 @dataclass
 class Cell:
-    """All turns of one attacker: the others' latencies, and what the attacker was told."""
+    """All turns of one attacker: the others' latencies, and what the attacker was told. ``alone``: the quiet turns of
+    the run, which all attackers share."""
 
-    alone: list[float] = field(default_factory=list)
-    beside: list[float] = field(default_factory=list)
+    alone: Turns
+    beside: Turns = field(default_factory=list)
     statuses: dict[str, int] = field(default_factory=dict)
     lasted_s: float = 0.0
 
+    @cached_property
+    def ratio(self) -> Ratio:
+        """What it costs, once all turns are there."""
+        return ratio(self.beside, self.alone)
+
     def line(self, name: str) -> str:
         """A row of the table."""
-        found = ratio(self.beside, self.alone)
-        figures = (percentile(self.alone, 0.5), percentile(self.beside, 0.5))
-        tails = (percentile(self.alone, 0.99), percentile(self.beside, 0.99))
+        found = self.ratio
+        alone, beside = (list(itertools.chain.from_iterable(turns)) for turns in (self.alone, self.beside))
+        figures = (statistics.median(alone), statistics.median(beside), _p99(self.alone), _p99(self.beside))
         told = ", ".join(f"{count} × {status}" for status, count in self.statuses.items())
         rate = sum(self.statuses.values()) / self.lasted_s if self.statuses else 0
         cells = [
             name,
-            *(f"{value * 1e3:.1f}" for value in (*figures, *tails)),
+            *(f"{value * 1e3:.1f}" for value in figures),
             f"{found.middle:.2f} [{found.low:.2f}–{found.high:.2f}]",
-            str(len(self.beside)),
+            str(len(beside)),
             f"{told or '–'}{f' ({rate:.0f}/s)' if rate else ''}",
         ]
         return "| " + " | ".join(cells) + " |"
 
     def verdict(self, name: str) -> tuple[str, bool]:
         """The target's line, and whether it is held."""
-        found = ratio(self.beside, self.alone)
+        found = self.ratio
         if name in FLOODS:
             return f"beside_{name}: {found.middle:.2f} × alone, nothing promised", True
         most = AT_MOST_READERS if name == "readers" else AT_MOST_BOMBS
@@ -325,7 +336,8 @@ class Cell:
 
 async def measure(rounds: int, names: Sequence[str], cores: Cores) -> dict[str, Cell]:
     """Run all turns."""
-    cells = {name: Cell() for name in names}
+    alone: Turns = []
+    cells = {name: Cell(alone) for name in names}
     async with attackers() as enemy, FakeEngine(model="fake", **ENGINE) as engine:
         models = {
             "fake": attached(engine.url, max_inflight=4 * CLIENTS),
@@ -339,9 +351,11 @@ async def measure(rounds: int, names: Sequence[str], cores: Cores) -> dict[str, 
         async with _ready(front) as gateway:
             await turn(gateway, SAMPLES)  # a warm-up
             for number in range(rounds):
-                for name in names if number % 2 == 0 else reversed(names):
+                for place, name in enumerate(names if number % 2 == 0 else reversed(names)):
+                    if place % QUIET_EVERY == 0:
+                        alone.append(await turn(gateway, SAMPLES))
                     await _measure_one(cells[name], name, gateway, enemy)
-                    say(f"round {number + 1} {name}: {ratio(cells[name].beside, cells[name].alone).middle:.2f} × alone")
+                say(f"round {number + 1} of {rounds}")
     return cells
 
 
@@ -355,10 +369,9 @@ async def _ready(front: GatewayProcess) -> AsyncIterator[GatewayProcess]:
 
 
 async def _measure_one(cell: Cell, name: str, gateway: GatewayProcess, enemy: Attackers) -> None:
-    cell.alone += await turn(gateway, SAMPLES)
     await enemy.begin(name, gateway.port)
     began = time.monotonic()
-    cell.beside += await turn(gateway, SAMPLES)
+    cell.beside.append(await turn(gateway, SAMPLES))
     cell.lasted_s += time.monotonic() - began
     for status, count in (await enemy.rest()).items():
         cell.statuses[status] = cell.statuses.get(status, 0) + count
@@ -376,33 +389,24 @@ def main() -> int:
     """Measure, print and write; 0 when every target was held, 1 when not, 2 when it cannot be measured."""
     names = [*bombs(), "readers", *FLOODS]
     parser = argparse.ArgumentParser(prog="benchmarks.attackers", description="What attackers cost those beside them.")
-    parser.add_argument("--quick", action="store_true", help="one round, within 4 minutes")
-    parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, with --quick 1")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, within 3 minutes")
+    parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument("--only", help=f"attackers, with commas between them: {', '.join(names)}")
     parser.add_argument("--attack", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.attack:
         asyncio.run(attack())
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    wanted = chosen.only.split(",") if chosen.only else names
-    started, load = now(), os.getloadavg()[0]
-    if load > QUIET:
-        say(f"this machine is busy (load average {load:.2f}): figures will be noise")
+    return exit_status("attackers", lambda: bench(chosen, chosen.only.split(",") if chosen.only else names))
+
+
+def bench(chosen: argparse.Namespace, wanted: Sequence[str]) -> bool:
+    """Measure, print and write; whether every target was held."""
+    began = beginning()
     allow_many_files()  # the gateway inherits it
-    rounds = chosen.rounds or (1 if chosen.quick else ROUNDS)
-    try:
-        cells = asyncio.run(measure(rounds, wanted, Cores.of_machine()))
-    except (Missing, Failed) as error:
-        say(f"attackers: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("attackers: cut off")
-        return 130
+    rounds = chosen.rounds or (QUICK_ROUNDS if chosen.quick else ROUNDS)
+    cells = asyncio.run(measure(rounds, wanted, Cores.of_machine()))
     verdicts = [cell.verdict(name) for name, cell in cells.items()]
-    lines = [line for line, _ in verdicts]
-    command = shlex.join(["python", "-m", "benchmarks.attackers", *sys.argv[1:]])
-    loads = (load, os.getloadavg()[0])
     heads = [
         "beside",
         "p50 alone, ms",
@@ -415,23 +419,19 @@ def main() -> int:
     ]
     table = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     table += [cell.line(name) for name, cell in cells.items()]
-    notes = [
+    note = (
         f"{CLIENTS} clients, streams of {ENGINE['tokens']} tokens in a tenth of a second; "
-        f"{rounds} round(s) of {SAMPLES} answers.",
-        f"Machine: {platform.platform()}, {psutil.cpu_count()} cores, Python {platform.python_version()}.",
-        f"Load average (1 min): {loads[0]:.2f} at the start, {loads[1]:.2f} at the end. Started {started}.",
-        f"Commit: {commit()}.",
-    ]
-    body = [*table, "", *(f"- {note}" for note in notes), "", "```", *lines, "```"]
-    text = "\n".join(["# What attackers cost those beside them", "", f"`{command}`", "", *body, ""])
-    print(text)
-    stem = RESULTS / f"attackers-{started[:10]}{'-quick' if chosen.quick else ''}"
-    raw = {"command": command, "started": started, "ended": now(), "load_average": loads, "targets": lines}
-    figures = {name: vars(cell) for name, cell in cells.items()}
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps({**raw, "attackers": figures}) + "\n")
-    say(f"written: {stem}.md and .json")
-    return 0 if all(held for _, held in verdicts) else 1
+        f"{rounds} rounds of turns of {SAMPLES} answers."
+    )
+    write_results(
+        "attackers", "What attackers cost those beside them", began,
+        quick=chosen.quick, table=table, lines=[line for line, _ in verdicts],
+        raw={
+            "alone": next(iter(cells.values())).alone,
+            "attackers": {name: {"beside": cell.beside, "statuses": cell.statuses} for name, cell in cells.items()},
+        }, notes=[note],
+    )  # fmt: skip
+    return all(held for _, held in verdicts)
 
 
 if __name__ == "__main__":

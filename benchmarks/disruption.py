@@ -27,11 +27,6 @@ Ends with 1 if a target is missed.
 
 import argparse
 import asyncio
-import json
-import os
-import platform
-import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -39,13 +34,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from benchmarks.overhead import QUIET, commit, now, say
+from benchmarks.reporting import beginning, exit_status, say, write_results
 from tests.e2e.disrupting import Plan, Reply, Trial, trial
 from tests.e2e.plans import fake_plan, llamacpp_plan, vllm_plan
-
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -140,30 +131,26 @@ def main() -> int:
     parser.add_argument("--engines", help=f"some, with commas between them: {', '.join(names)}")
     parser.add_argument("--requests", type=int, help="of each engine")
     chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted = chosen.engines.split(",") if chosen.engines else names
     if unknown := set(wanted) - set(names):
         parser.error(f"there is no engine {min(unknown)!r}; there are {', '.join(names)}")
-    started, load = now(), os.getloadavg()[0]
-    if load > QUIET:
-        say(f"this machine is busy (load average {load:.2f}): pauses will be longer")
+    arms = [arm for arm in ARMS if arm.name in wanted and (not chosen.quick or arm.quick)]
+    return exit_status("disruption", lambda: bench(chosen, arms))
+
+
+def bench(chosen: argparse.Namespace, arms: Sequence[Arm]) -> bool:
+    """Measure, print and write; whether every target was held."""
+    began_all = beginning()
     trials: dict[str, Trial] = {}
     lines: list[tuple[str, bool]] = []
-    arms = [arm for arm in ARMS if arm.name in wanted and (not chosen.quick or arm.quick)]
-    try:
-        for arm in arms:
-            began = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix="disruption-") as at:
-                count = chosen.requests or (arm.quick if chosen.quick else arm.count)
-                seen = asyncio.run(trial(arm.plan(Path(at)), count))
-            say(f"{arm.name}: {seen.summary()}, {time.monotonic() - began:.0f} s")
-            trials[arm.name] = seen
-            lines += verdicts(arm, seen)
-    except KeyboardInterrupt:
-        say("disruption: cut off")
-        return 130
-    command = shlex.join(["python", "-m", "benchmarks.disruption", *sys.argv[1:]])
-    loads = (load, os.getloadavg()[0])
+    for arm in arms:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="disruption-") as at:
+            count = chosen.requests or (arm.quick if chosen.quick else arm.count)
+            seen = asyncio.run(trial(arm.plan(Path(at)), count))
+        say(f"{arm.name}: {seen.summary()}, {time.monotonic() - began:.0f} s")
+        trials[arm.name] = seen
+        lines += verdicts(arm, seen)
     table = ["| " + " | ".join(HEADS) + " |", "|---" * len(HEADS) + "|"]
     table += [row(name, seen) for name, seen in trials.items()]
     faults = [
@@ -171,26 +158,13 @@ def main() -> int:
         for name, seen in trials.items()
         for fault in (*seen.disturbed.broken, *(seen.seams or ()), *seen.disturbed.unfinished)
     ]
-    notes = [
-        *(f"{arm.name}: {arm.note}." for arm in arms),
-        f"Machine: {platform.platform()}, {psutil.cpu_count()} cores, Python {platform.python_version()}.",
-        f"Load average (1 min): {loads[0]:.2f} at the start, {loads[1]:.2f} at the end. Started {started}.",
-        f"Commit: {commit()}.",
-        *(f"FAULT {fault}" for fault in faults[:20]),
-    ]
-    body = [*table, "", *(f"- {note}" for note in notes), "", "```", *(line for line, _ in lines), "```"]
-    text = "\n".join(["# What clients notice of lost workers", "", f"`{command}`", "", *body, ""])
-    print(text)
-    stem = RESULTS / f"disruption-{started[:10]}{'-quick' if chosen.quick else ''}"
-    raw = {"command": command, "started": started, "ended": now(), "load_average": loads}
-    figures = {
-        "targets": [line for line, _ in lines],
-        "trials": {name: figures_of(seen) for name, seen in trials.items()},
-    }
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps({**raw, **figures}, indent=1) + "\n")
-    say(f"written: {stem}.md and .json")
-    return 0 if all(held for _, held in lines) else 1
+    write_results(
+        "disruption", "What clients notice of lost workers", began_all,
+        quick=chosen.quick, table=table, lines=[line for line, _ in lines],
+        raw={"trials": {name: figures_of(seen) for name, seen in trials.items()}},
+        notes=[*(f"{arm.name}: {arm.note}." for arm in arms), *(f"FAULT {fault}" for fault in faults[:20])],
+    )  # fmt: skip
+    return all(held for _, held in lines)
 
 
 def figures_of(seen: Trial) -> object:

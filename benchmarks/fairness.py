@@ -23,8 +23,6 @@ import hashlib
 import json
 import os
 import platform
-import shlex
-import signal
 import sys
 import time
 from array import array
@@ -42,13 +40,12 @@ from benchmarks.contention.llamacpp import weights
 from benchmarks.contention.replay import Answer, play
 from benchmarks.contention.switching import LENGTHS, Switch, switches
 from benchmarks.contention.trace import HOG, Ask, hog_trace, part_of
-from benchmarks.loopback.cache import ROOT, Missing, folder
+from benchmarks.loopback.cache import ROOT, folder
 from benchmarks.loopback.processes import Cores, Failed
 from benchmarks.loopback.stats import P99_SAMPLES, Interval, interval, p99
-from benchmarks.overhead import QUIET, commit, now, say
+from benchmarks.reporting import RESULTS, beginning, command_of, commit, exit_status, now, say
 from tests.fakes.gateway import GatewayFailedError
 
-RESULTS = ROOT / "benchmarks" / "results"
 FULL_ROUNDS, QUICK_ROUNDS = 4, 1
 QUICK_ARMS = ("fcfs", "cap", "vtc", "vtc-pc")
 OURS, FIRST_COME = "vtc-pc", "fcfs"
@@ -369,16 +366,14 @@ def bench(chosen: argparse.Namespace) -> bool:
         if chosen.fresh:
             store.unlink(missing_ok=True)
     os.sched_setaffinity(0, {run.cores.load})
-    if os.getloadavg()[0] > QUIET:
-        say(f"this machine is busy (load average {os.getloadavg()[0]:.2f}): figures will be noise")
-    started, load, stolen, began = now(), os.getloadavg()[0], psutil.cpu_times().steal, time.monotonic()
+    (started, load), stolen, began = beginning(), psutil.cpu_times().steal, time.monotonic()
     costs = asyncio.run(
         switches(LENGTHS[::2] if chosen.quick else LENGTHS, 1 if chosen.quick else 5, run.cores.gateway)
     )
     run.go(store)
     steal = 100 * (psutil.cpu_times().steal - stolen) / (time.monotonic() - began) / (psutil.cpu_count() or 1)
     lines, kept = verdicts(run)
-    command = shlex.join(["python", "-m", "benchmarks.fairness", *sys.argv[1:]])
+    command = command_of("fairness")
     loads = (load, os.getloadavg()[0])
     body = [*table(run), "", "What a switch costs llama.cpp:", "", *switch_table(costs), ""]
     notes = about(run, started, loads, steal)
@@ -413,15 +408,8 @@ def _summaries(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 def main() -> int:
     """Measures, prints and writes; 0 when every target was held, 1 when not, 2 when it cannot be measured."""
     chosen = arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be taken down, too
-    try:
-        return 0 if bench(chosen) else 1
-    except (Missing, Failed) as error:
-        say(f"fairness: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("fairness: cut off; a full run goes on from here when it is started again")
-        return 130
+    goes_on = "cut off; a full run goes on from here when it is started again"
+    return exit_status("fairness", lambda: bench(chosen), if_cut=goes_on)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,8 @@ Ends with 1 if a target is missed.
 
 import argparse
 import asyncio
-import datetime
 import json
 import secrets
-import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -40,10 +37,10 @@ import aiohttp
 from benchmarks.contention import figures
 from benchmarks.contention.replay import Answer, Target, play
 from benchmarks.contention.trace import HOG, URGENT, Ask, full_batch
-from benchmarks.gpu_lifecycle import RESULTS, cpu_build, machine, say
+from benchmarks.gpu_lifecycle import cpu_build, machine
 from benchmarks.loopback.processes import Failed
 from benchmarks.loopback.stats import P99_SAMPLES, Interval
-from benchmarks.overhead import commit
+from benchmarks.reporting import RESULTS, command_of, commit, exit_status, now, say
 from engines.drivers.metrics import gauge
 from tests.fakes.gateway import GatewayProcess
 
@@ -415,14 +412,14 @@ def arguments() -> argparse.Namespace:
 
 async def bench(chosen: argparse.Namespace) -> bool:
     """Run, print and write; whether every target was held."""
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    started = now()
     plan = CPU if chosen.cpu else GPU
     about = machine(None if chosen.cpu else chosen.gpu)
     seen: list[Seen] = []
     problems: list[str] = []
     await run(chosen, plan, seen, problems)
     lines, kept = verdicts(seen, problems)
-    command = shlex.join(["python", "-m", "benchmarks.fairness_gpu", *sys.argv[1:]])
+    command = command_of("fairness_gpu")
     weights = "Random weights: speed only." if "dummy" in chosen.args else "Real weights."
     low, high = plan.hog_tokens
     notes = [
@@ -448,8 +445,8 @@ async def bench(chosen: argparse.Namespace) -> bool:
 
 def main() -> int:
     """Run; 1 if a target is missed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return 0 if asyncio.run(bench(arguments())) else 1
+    chosen = arguments()
+    return exit_status("fairness_gpu", lambda: asyncio.run(bench(chosen)))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,9 @@ Ends with 1 if a target is missed.
 import argparse
 import asyncio
 import contextlib
-import datetime
 import json
 import os
 import secrets
-import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -42,8 +39,10 @@ import aiohttp
 import psutil
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.loopback.cache import ROOT
+from benchmarks.loopback.processes import Failed
+from benchmarks.reporting import RESULTS, command_of, exit_status, now, say
+
 TOKEN = "FOREBAY_LIFECYCLE_RUN"  # in the environment of every process of vLLM
 MODEL = "m"
 WORKER = f"{MODEL}-0"
@@ -68,10 +67,6 @@ class Scale:
 
 GPU = Scale(context=8192, slots=64, short=128, drained=600, long=7000, start_timeout_s=300)
 CPU = Scale(context=2048, slots=8, short=16, drained=150, long=1800, start_timeout_s=600)
-
-
-class Failed(RuntimeError):
-    """The run cannot go on; the message ends with what the gateway and vLLM printed."""
 
 
 @dataclass
@@ -117,11 +112,6 @@ class Report:
     def judge(self, name: str, want: str, measured: str, held: bool) -> None:
         """Note a target."""
         self.verdicts.append(Verdict(name, want, measured, held))
-
-
-def say(text: str) -> None:
-    """Tell a waiting person."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 class Gateway:
@@ -631,7 +621,7 @@ async def opened(chosen: argparse.Namespace, scale: Scale, directory: Path) -> A
 
 async def bench(chosen: argparse.Namespace) -> bool:
     """Run, print and write; whether every target was held."""
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    started = now()
     scale = CPU if chosen.cpu else GPU
     about = machine(None if chosen.cpu else chosen.gpu)
     failure = ""
@@ -646,7 +636,7 @@ async def bench(chosen: argparse.Namespace) -> bool:
                 say(failure)
                 say(lifecycle.logs())
                 report.judge("completed", "all steps", failure.splitlines()[0], held=False)
-    command = shlex.join(["python", "-m", "benchmarks.gpu_lifecycle", *sys.argv[1:]])
+    command = command_of("gpu_lifecycle")
     text = text_of(report, command, f"{started}, {about}")
     print(text)
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -660,8 +650,8 @@ async def bench(chosen: argparse.Namespace) -> bool:
 
 def main() -> int:
     """Run; 1 if a target is missed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return 0 if asyncio.run(bench(arguments())) else 1
+    chosen = arguments()
+    return exit_status("gpu_lifecycle", lambda: asyncio.run(bench(chosen)))
 
 
 if __name__ == "__main__":

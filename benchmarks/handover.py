@@ -18,12 +18,8 @@ Ends with 1 if a target is missed.
 
 import argparse
 import asyncio
-import contextlib
-import datetime
 import json
 import secrets
-import shlex
-import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -38,9 +34,9 @@ from benchmarks.contention import figures
 from benchmarks.contention.llamacpp import weights
 from benchmarks.contention.replay import Answer, Target, play
 from benchmarks.contention.trace import Ask
-from benchmarks.gpu_lifecycle import RESULTS, machine, say
+from benchmarks.gpu_lifecycle import machine
 from benchmarks.loopback.processes import Failed
-from benchmarks.overhead import commit
+from benchmarks.reporting import RESULTS, command_of, commit, exit_status, now, say
 from engines.drivers.metrics import gauge
 from tests.fakes.gateway import GatewayProcess
 
@@ -277,7 +273,7 @@ def arguments() -> argparse.Namespace:
 
 async def bench(chosen: argparse.Namespace) -> bool:
     """Run, print and write; whether every target was held."""
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    started = now()
     plan, key, problem = GPU if chosen.source else SMALL, f"fbk_{secrets.token_urlsafe(32)}", ""
     about = machine(int(chosen.gpus.split(",")[0]) if chosen.source else None)
     wait_s = 4 * plan.start_s
@@ -295,7 +291,7 @@ async def bench(chosen: argparse.Namespace) -> bool:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         say("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
     lines, kept = verdicts(history.steps, problem)
-    command = shlex.join(["python", "-m", "benchmarks.handover", *sys.argv[1:]])
+    command = command_of("handover")
     what = (
         f"- {started}, {about}. Commit: {commit()}. Two workers of {plan.slots} slots, {plan.streams} streams at once."
     )
@@ -316,10 +312,8 @@ async def bench(chosen: argparse.Namespace) -> bool:
 
 def main() -> int:
     """Run; 1 if a target is missed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):
-        return 0 if asyncio.run(bench(arguments())) else 1
-    return 130
+    chosen = arguments()
+    return exit_status("handover", lambda: asyncio.run(bench(chosen)))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,7 @@ this machine has too few cores for is not measured, and the report says so.
 """
 
 import argparse
-import json
 import os
-import platform
-import shlex
-import signal
 import statistics
 import sys
 import time
@@ -26,20 +22,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-import psutil
-
 from benchmarks.loopback.arms import ARMS, FOREBAY, Arm
-from benchmarks.loopback.cache import ROOT, Missing
 from benchmarks.loopback.processes import Cores, Failed, gateway, upstream
 from benchmarks.loopback.scenarios import Figures, Plan, measure
 from benchmarks.loopback.stats import Interval, interval
 from benchmarks.loopback.tools import tool
 from benchmarks.loopback.traffic import Load, begin, check, finish
-from benchmarks.overhead import QUIET, commit, now, say
+from benchmarks.reporting import beginning, exit_status, say, write_results
 from tests.fakes.postgres import Postgres
 from tests.fakes.redis import RedisServer
 
-RESULTS = ROOT / "benchmarks" / "results"
 FULL = Plan(warm=2, turns=0, turn=0.5, closed=1.5, open=0, rate=50, streams=0, burst=0, pairs=5)
 QUICK = Plan(warm=1, turns=0, turn=0.3, closed=0.8, open=0, rate=50, streams=0, burst=0, pairs=2)
 FULL_ROUNDS, QUICK_ROUNDS = 5, 2
@@ -226,41 +218,27 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two short rounds, within 4 minutes")
     parser.add_argument("--rounds", type=int, help=f"{FULL_ROUNDS}, with --quick {QUICK_ROUNDS}")
     chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be taken down, too
-    started, load = now(), os.getloadavg()[0]
-    if load > QUIET:
-        say(f"this machine is busy (load average {load:.2f}): figures will be noise")
+    return exit_status("operates", lambda: bench(chosen))
+
+
+def bench(chosen: argparse.Namespace) -> bool:
+    """Measures, prints and writes; whether every target was held."""
+    began = beginning()
     rounds = chosen.rounds or (QUICK_ROUNDS if chosen.quick else FULL_ROUNDS)
-    try:
-        tool("load"), tool("upstream")
-        report, described = run(QUICK if chosen.quick else FULL, rounds)
-    except (Missing, Failed) as error:
-        say(f"operates: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("operates: cut off")
-        return 130
+    tool("load"), tool("upstream")
+    report, described = run(QUICK if chosen.quick else FULL, rounds)
     lines, kept = verdicts(report)
-    loads = (load, os.getloadavg()[0])
-    command = shlex.join(["python", "-m", "benchmarks.operates", *sys.argv[1:]])
     notes = [
         f"Intervals: 95 % bootstrap of the median over {rounds} round(s); ratios are of turns side by side.",
-        f"Machine: {platform.platform()}, {psutil.cpu_count()} cores, Python {platform.python_version()}.",
-        f"Load average (1 min): {loads[0]:.2f} at the start, {loads[1]:.2f} at the end. Started {started}.",
-        f"Commit: {commit()}.",
         *(f"{arm.name}: {arm.note}." for arm in [plain(), *described]),
         *(f"FAILED {problem}" for problem in report.problems),
     ]
-    body = [*table(report), "", *(f"- {note}" for note in notes), "", "```", *lines, "```"]
-    text = "\n".join(["# What operating costs", "", f"`{command}`", "", *body, ""])
-    print(text)
-    stem = RESULTS / f"operates-{started[:10]}{'-quick' if chosen.quick else ''}"
-    raw = {"command": command, "started": started, "ended": now(), "load_average": loads, "targets": lines}
-    figures = {"cpu": report.cpu, "requests_per_s": report.rates, "problems": report.problems}
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps({**raw, **figures}, indent=1) + "\n")
-    say(f"written: {stem}.md and .json")
-    return 0 if kept else 1
+    raw = {"cpu": report.cpu, "requests_per_s": report.rates, "problems": report.problems}
+    write_results(
+        "operates", "What operating costs", began,
+        quick=chosen.quick, table=table(report), lines=lines, raw=raw, notes=notes,
+    )  # fmt: skip
+    return kept
 
 
 if __name__ == "__main__":

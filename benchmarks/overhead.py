@@ -19,15 +19,12 @@ minute to the next; the other ratios are taken inside a round.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
 import platform
 import pstats
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -45,8 +42,8 @@ from benchmarks.loopback.stats import Interval, interval, p99
 from benchmarks.loopback.tools import tool
 from benchmarks.loopback.traffic import Load
 from benchmarks.loopback.venvs import versions
+from benchmarks.reporting import RESULTS, beginning, command_of, commit, exit_status, now, say
 
-RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = {"forebay": ("core", "routing", "engines", "gateway")}
 FULL = Plan(warm=2, turns=4, turn=0.6, closed=2.5, open=6, rate=50, streams=4, burst=1.5, pairs=5)
 QUICK = Plan(warm=1, turns=3, turn=0.4, closed=1.3, open=1.5, rate=50, streams=3, burst=0, pairs=3)
@@ -56,7 +53,6 @@ QUICK_PLANS = {  # no target asks these for more
 }
 PAIRED = {"forebay": next(arm for arm in ARMS if arm.name == "raw_asgi")}  # who is measured beside whom
 FULL_ROUNDS, QUICK_ROUNDS = 5, 3
-QUIET = 0.7  # load average
 FILLED = 0.9  # of its core, by a gateway that is saturated
 
 Round = Mapping[str, Cell]
@@ -209,16 +205,6 @@ def _kept(store: Path | None) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in rows}
 
 
-def say(text: str) -> None:
-    """Progress, beside the table on stdout."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def now() -> str:
-    """The time, UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 def table(run: Run) -> list[str]:
     """One line an arm, one column a figure."""
     columns = [c for c in COLUMNS if any(c.scenario in cell.figures for r in run.cells for cell in r.values())]
@@ -297,14 +283,6 @@ def idle_cores(run: Run) -> dict[str, float]:
     return used
 
 
-def commit() -> str:
-    """The commit that was measured, and whether the tree differs from it."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip() or "none"
-
-
 def write(run: Run, stem: Path, text: str, report: dict[str, Any]) -> None:
     """Table and raw figures, beside each other."""
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -361,14 +339,12 @@ def bench(chosen: argparse.Namespace, cores: Cores) -> bool:
             store.unlink(missing_ok=True)
     run.prepare()
     os.sched_setaffinity(0, {cores.load})
-    if os.getloadavg()[0] > QUIET:
-        say(f"this machine is busy (load average {os.getloadavg()[0]:.2f}): figures will be noise")
-    started, load, stolen, began = now(), os.getloadavg()[0], psutil.cpu_times().steal, time.monotonic()
+    (started, load), stolen, began = beginning(), psutil.cpu_times().steal, time.monotonic()
     run.go(store)
     steal = 100 * (psutil.cpu_times().steal - stolen) / (time.monotonic() - began) / (psutil.cpu_count() or 1)
     lines, kept = verdicts(run, bool(chosen.arms))
     loads = (load, os.getloadavg()[0])
-    command = shlex.join(["python", "-m", "benchmarks.overhead", *sys.argv[1:]])
+    command = command_of("overhead")
     notes = about(run, started, loads, steal)
     text = "\n".join(
         ["# Gateway overhead", "", f"`{command}`", "", *table(run), "", *notes, "", "```", *lines, "```", ""]
@@ -386,20 +362,16 @@ def bench(chosen: argparse.Namespace, cores: Cores) -> bool:
 def main() -> int:
     """Runs what the command line asks for; 0 when every target was held, 1 when not, 2 when it cannot be measured."""
     chosen = arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be taken down, too
-    try:
+
+    def measured() -> bool:
         cores = Cores.of_machine()
         tool("load"), tool("upstream")
         if chosen.profile:
             show_profile(next(arm for arm in ARMS if arm.name == chosen.profile), cores)
-            return 0
-        return 0 if bench(chosen, cores) else 1
-    except (Missing, Failed) as error:
-        say(f"overhead: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("overhead: cut off; a full run goes on from here when it is started again")
-        return 130
+            return True
+        return bench(chosen, cores)
+
+    return exit_status("overhead", measured, if_cut="cut off; a full run goes on from here when it is started again")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from benchmarks.loopback.stats import Interval, interval
-from benchmarks.overhead import say
-from benchmarks.simulating import write_results
+from benchmarks.reporting import beginning, exit_status, say, write_results
 from core.ids import LegId, RequestId, TenantId, WorkerId
 from routing.fairness.policy import Fairness, Policy
 from routing.scheduler import (
@@ -168,8 +167,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.scheduler", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two policies, within 1 minute")
     chosen = parser.parse_args()
-    policies: tuple[Policy, ...] = QUICK_POLICIES if chosen.quick else get_args(Policy)
-    rounds, events = (QUICK_ROUNDS, QUICK_EVENTS) if chosen.quick else (FULL_ROUNDS, FULL_EVENTS)
+    return exit_status("scheduler", lambda: bench(chosen.quick))
+
+
+def bench(quick: bool) -> bool:
+    """Measures, prints and writes; whether every target was held."""
+    began = beginning()
+    policies: tuple[Policy, ...] = QUICK_POLICIES if quick else get_args(Policy)
+    rounds, events = (QUICK_ROUNDS, QUICK_EVENTS) if quick else (FULL_ROUNDS, FULL_EVENTS)
     p99s: dict[str, list[float]] = defaultdict(list)
     rates: dict[str, list[float]] = defaultdict(list)
     kinds: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -193,8 +198,8 @@ def main() -> int:
     lines, kept = verdicts({name: interval(values) for name, values in p99s.items()},
                            {name: interval(values) for name, values in rates.items()})  # fmt: skip
     raw = {"p99_us": p99s, "token_events_per_s": rates}
-    write_results("scheduler", "What a decision costs", chosen.quick, table, lines, raw)
-    return 0 if kept else 1
+    write_results("scheduler", "What a decision costs", began, quick=quick, table=table, lines=lines, raw=raw)
+    return kept
 
 
 def verdicts(p99s: dict[str, Interval], rates: dict[str, Interval]) -> tuple[list[str], bool]:

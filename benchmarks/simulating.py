@@ -1,25 +1,17 @@
-"""What the simulated benchmarks share: data, what is compared with the scheduler, how results are written."""
+"""What the simulated benchmarks share: data, and what is compared with the scheduler."""
 
-import json
 import os
-import platform
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import psutil
+from typing import Literal
 
 from benchmarks.loopback.cache import ROOT, Missing
-from benchmarks.overhead import commit, now, say
 from core.ids import LegId, WorkerId
 from routing.scheduler import Effect, Event, LegEnded, Start, Submit
 from routing.simulator import formats
 from routing.simulator.simulation import MODEL
 from routing.simulator.trace import Trace
 
-RESULTS = ROOT / "benchmarks" / "results"
 TRACES = {
     "tenants": "traces/vtc_27_tenants.jsonl",
     "azure": "traces/azure_llm_2023_conv.csv",
@@ -81,25 +73,3 @@ class Direct:
             index = self._next
         self._next = (index + 1) % len(self._open)
         return index
-
-
-def write_results(
-    name: str, title: str, quick: bool, table: Sequence[str], lines: Sequence[str], raw: Mapping[str, Any],
-    notes: Sequence[str] = (),
-) -> None:  # fmt: skip
-    """Print one table and the target lines, and write them with the raw figures and the command."""
-    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    ended = now()
-    about = [
-        *notes,
-        f"Machine: {platform.platform()}, {psutil.cpu_count()} cores, Python {platform.python_version()}.",
-        f"Load average (1 min) at the end: {os.getloadavg()[0]:.2f}. Ended {ended}. Commit: {commit()}.",
-    ]
-    body = [*table, "", *(f"- {note}" for note in about), "", "```", *lines, "```"]
-    text = "\n".join([f"# {title}", "", f"`{command}`", "", *body, ""])
-    print(text)
-    stem = RESULTS / f"{name}-{ended[:10]}{'-quick' if quick else ''}"
-    report = {"command": command, "ended": ended, "targets": list(lines), **raw}
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    say(f"written: {stem}.md and .json")

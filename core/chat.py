@@ -66,7 +66,8 @@ class Call(msgspec.Struct, frozen=True):
 
     ``body`` is the client's JSON object less what was Forebay's own; drivers copy it before they edit it.
     ``wants_usage`` is whether a streaming client itself asked for the usage chunk. ``has_own_timeouts``: the caller
-    chose deadlines, and a worker that misses them need not be ill.
+    chose deadlines, and a worker that misses them need not be ill. ``has_leg_spans``: ``traceparent`` is our own span
+    of the request, and each leg is to be a child of it; else the engine is told what the client said.
     """
 
     id: RequestId
@@ -82,6 +83,7 @@ class Call(msgspec.Struct, frozen=True):
     fallbacks: tuple[ModelName, ...] = ()
     traceparent: str | None = None
     has_own_timeouts: bool = False
+    has_leg_spans: bool = False
 
     @property
     def tokens_estimate(self) -> int:

@@ -34,8 +34,10 @@ from core.errors import (
     WorkerUnreachable,
 )
 from core.ids import ModelName, RequestId, WorkerId
+from core.spans import traceparent_of_leg
 from engines.decider import Decider
-from engines.driver import Chunk, Driver, resumable
+from engines.driver import Chunk, Driver, bounded, resumable
+from engines.parts import in_parts
 from engines.run import Run
 from engines.tasks import Tasks
 from engines.transcript import read
@@ -48,6 +50,7 @@ from routing.scheduler import (
     FirstToken,
     LegEnded,
     Reject,
+    Stalled,
     Start,
     Submit,
     Tick,
@@ -61,9 +64,15 @@ _log = structlog.get_logger(__name__)
 # How often deadlines are looked at: they pass at most this much late, and a request needs no timer of its own.
 _WATCH_INTERVAL_S = 0.05
 
-# A stream of a worker that is ill goes on elsewhere after this long a silence, or this many times its longest so far.
+# A stream of a worker that is ill goes on elsewhere after this long a silence, or this many times its longest so far,
+# whichever leg that was in: on a machine that is merely starved the next one has to be much longer.
 _STALL_S = 2.0
 _STALL_PAUSES = 5.0
+# Who looks that much too late was starved itself: what engines said meanwhile may not have been heard yet.
+_LATE_S = 1.0
+
+# After so long in all in which a leg's engine waited for its reader, whoever waits may have the slot.
+_HELD_S = 1.0
 
 # Ends that another leg can make good, if it can go on from where this one ended.
 _FAILURES: frozenset[Cause] = frozenset({"lost", "unreachable", "broken", "timed_out"})
@@ -100,6 +109,7 @@ class Dispatcher:
         self._num_settling: Counter[WorkerId] = Counter()
         self._views: dict[WorkerId, WorkerView] = {}
         self._workers: dict[ModelName, dict[WorkerId, None]] = {}
+        self._looked_at = self._awake_since = clock.monotonic()
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
@@ -191,7 +201,8 @@ class Dispatcher:
     # Effects
 
     def _feed(self, event: Event) -> None:
-        self.carry_out(self._scheduler.on(event))
+        if effects := self._scheduler.on(event):
+            self.carry_out(effects)
 
     def carry_out(self, effects: Sequence[Effect]) -> None:
         """Do what has been decided. Called from outside for what no event of ours has caused: see ``Decider``."""
@@ -225,6 +236,9 @@ class Dispatcher:
         if abort.why == "cancelled":
             run.cut_for = None
             run.record_leg("aborted", now)
+        elif run.is_in_part and not run.is_held_back:
+            run.cut_for = abort.why
+            return
         elif self._can_resume(run, self._driver_of(run.leg.worker)):
             run.cut_for = abort.why
             run.record_leg(abort.why, now)
@@ -267,6 +281,10 @@ class Dispatcher:
             case "queue_timeout":
                 error = QueueTimeout(f"no worker of {model!r} became free within {run.call.timeouts.queue:g} s",
                                      retry_after=reject.retry_after)  # fmt: skip
+            case "no_healthy_worker" if run.has_first_byte:
+                error = WorkerLost(
+                    f"the worker of {model!r} ended in the middle of the answer, and no other is running"
+                )
             case "no_healthy_worker":
                 error = NoHealthyWorker(f"no worker of {model!r} is running", retry_after=reject.retry_after)
             case _:
@@ -278,6 +296,8 @@ class Dispatcher:
     async def _run_leg(self, run: Run, start: Start) -> None:
         driver = self._driver_of(start.worker)
         call = run.call if start.model == run.call.model else msgspec.structs.replace(run.call, model=start.model)
+        if call.has_leg_spans and call.traceparent is not None:
+            call = msgspec.structs.replace(call, traceparent=traceparent_of_leg(call.traceparent, len(run.legs)))
         try:
             if driver is None:
                 raise WorkerUnreachable(f"worker {start.worker!r} is not running")
@@ -303,7 +323,7 @@ class Dispatcher:
             was_meant = run.cut_for is not None or run.leg_error is not None
             run.can_resume = was_meant and self._can_resume(run, driver)
             run.task = None
-            run.record_leg(run.cause, self._clock.monotonic())  # now: its engine may take long to let go
+            run.record_leg(run.cut_for or run.cause, self._clock.monotonic())  # now: its engine may take long to let go
             self._settle_apart(run, start, driver)
             if not was_meant and not run.journal.has_ended and not run.is_closed:
                 raise  # it was not us: an inline run's reader, or the whole dispatcher, is cancelled
@@ -318,6 +338,9 @@ class Dispatcher:
 
     def _chunks(self, run: Run, driver: Driver, call: Call) -> AsyncIterator[Chunk]:
         """Return the answer's chunks, from its beginning or from where the leg before was cut."""
+        model = call.model
+        if self._scheduler.num_waiting(model) and not run.is_pinned and (parted := bounded(driver, call)) is not None:
+            return in_parts(run, parted, call, lambda: self._scheduler.num_waiting(model) > 0)
         if run.transcript is None:
             return driver.run(call)
         able = resumable(driver)
@@ -372,12 +395,13 @@ class Dispatcher:
                 retry_after=run.retry_after,
                 can_resume=run.can_resume,
                 prefilled=self._prefilled(run),
+                num_tokens=run.num_untold,
             )
         )
 
     def _prefilled(self, run: Run) -> int | None:
         """Return what the leg that has ended processed of its prompt, if its engine has told."""
-        if run.transcript is not None:
+        if run.is_resumed:
             return run.prefilled
         usage = run.journal.usage
         return usage.prompt_tokens - usage.cached_tokens if usage is not None else None
@@ -417,8 +441,10 @@ class Dispatcher:
         # The client comes first, the books after.
         if is_first and run.call.stream:
             self._feed(FirstToken(leg=start.leg, now=now, prefilled=run.prefilled))
-        if chunk.num_tokens and run.watches_progress:
-            self._feed(Tokens(leg=start.leg, num=chunk.num_tokens, now=now))
+        run.num_untold += chunk.num_tokens
+        if run.num_untold and run.watches_progress:
+            num, run.num_untold = run.num_untold, 0
+            self._feed(Tokens(leg=start.leg, num=num, now=now))
 
     def _close(self, run: Run) -> None:
         if self._runs.get(run.call.id) is not run:
@@ -439,6 +465,9 @@ class Dispatcher:
     def tick(self) -> None:
         """Look at the clock: let the scheduler act on passed time, and end what is too late."""
         now = self._clock.monotonic()
+        if now - self._looked_at > _LATE_S:
+            self._awake_since = now
+        self._looked_at = now
         wakeup = self._scheduler.next_wakeup()
         if wakeup is not None and wakeup <= now:
             self._feed(Tick(now=now))
@@ -454,17 +483,22 @@ class Dispatcher:
             return
         elif now - run.arrived_at > timeouts.total:
             self._give_up(run, TotalTimeout(f"the answer was not complete within {timeouts.total:g} s"))
-        elif run.task is None or run.leg_error is not None or not run.watches_progress or run.is_held_back:
+        elif run.is_held_back:
+            if run.leg is not None and not run.is_stalled and run.held_s(now) > _HELD_S:
+                run.is_stalled = True
+                self._feed(Stalled(leg=run.leg.leg, now=now))
+        elif run.task is None or run.leg_error is not None or not run.watches_progress:
             return
         elif not run.has_progress:
             if now - run.leg_started_at > timeouts.first_token:
                 self._end_leg(run, FirstTokenTimeout(f"the worker sent nothing within {timeouts.first_token:g} s"))
         elif now - run.progress_at > timeouts.idle:
             self._end_leg(run, IdleTimeout(f"the worker stopped sending for {timeouts.idle:g} s"))
-        elif not run.is_pinned and run.leg is not None and now - run.progress_at > _STALL_S:
+        elif not run.is_pinned and run.leg is not None:
             view = self._views.get(run.leg.worker)
-            is_ill = view is not None and not (view.is_ready and view.is_healthy)
-            if is_ill and now - run.progress_at > _STALL_PAUSES * run.longest_pause:
+            silence = now - max(run.progress_at, self._awake_since)
+            if view is not None and not view.is_healthy and silence > max(_STALL_S, _STALL_PAUSES * run.longest_pause):
+                run.longest_pause = silence
                 self._end_leg(run, WorkerLost(f"worker {run.leg.worker!r} is ill and has stopped sending"))
 
     def _end_leg(self, run: Run, error: ForebayError) -> None:

@@ -31,8 +31,9 @@ class Chunk(msgspec.Struct):
 
 
 Exactness = Literal["token", "prefix", "pinned"]
-"""What becomes of an answer that is cut and continued. ``token``: it equals the undisturbed one. ``prefix``: what was
-given stays, and the rest is what the engine gives for prompt and given tokens. ``pinned``: it cannot be continued."""
+"""What becomes of an answer that is cut and continued. ``token``: it equals the undisturbed one; this is known
+afterwards alone, by what its engine had kept. ``prefix``: what was given stays, and the rest is what the engine gives
+for prompt and given tokens. ``pinned``: it cannot be continued."""
 
 
 class Continuation(msgspec.Struct, frozen=True):
@@ -41,13 +42,17 @@ class Continuation(msgspec.Struct, frozen=True):
 
     ``prompt_ids`` and ``ids`` are the prompt's and the text's token ids where the engine has told them; ``ids`` may say
     more than the text, where an engine holds text back. ``num_tokens``: how many the text took, where the engine has
-    told that; the same text may be fewer when it is parted anew, and limits count what was made.
+    told that; the same text may be fewer when it is parted anew, and limits count what was made. ``usage`` is what the
+    engines have told of the legs so far, None if they have not. ``num_pieces``: in how many pieces it came, also those
+    without text; most engines send each token as one.
     """
 
     texts: Sequence[str]
     prompt_ids: list[int] | None = None
     ids: list[int] | None = None
     num_tokens: int | None = None
+    usage: Usage | None = None
+    num_pieces: int = 0
 
     @property
     def text(self) -> str:
@@ -61,7 +66,8 @@ class Piece(msgspec.Struct):
     ``ending`` says why the answer ends here, by the engine's own fields (``finish_reason``, maybe ``stop_reason``).
     ``usage`` is that of the whole answer so far: the prompt as the first leg had it, and all output tokens; a leg
     begins with that of its past and ends with all. ``prefilled`` counts the tokens that this leg processed anew before
-    it could go on.
+    it could go on. ``is_exact``: the engine had kept all that the legs before had computed, and a greedy answer goes on
+    as the undisturbed one does, token for token.
     """
 
     text: str = ""
@@ -70,6 +76,7 @@ class Piece(msgspec.Struct):
     ending: dict[str, Any] | None = None
     usage: Usage | None = None
     prefilled: int | None = None
+    is_exact: bool = False
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -84,11 +91,13 @@ class Capabilities(msgspec.Struct, frozen=True):
     """What the start-up probe has proven. A False means "not shown", never "assumed".
 
     ``context_tokens`` is what one request may use, prompt and answer together (None: the engine does not tell).
+    ``kv_tokens`` is what all requests together may use of its memory (None: not told, or no limit beside that).
     ``endpoints`` are paths that answered. ``continuation``: an answer that was cut can be continued.
     """
 
     endpoints: tuple[str, ...] = ()
     context_tokens: int | None = None
+    kv_tokens: int | None = None
     token_ids: bool = False
     token_prompts: bool = False
     continuation: bool = False
@@ -161,6 +170,35 @@ class Resumable(Protocol):
 
         Called once the engine has let go of the leg, before its slot counts as free. Never raises.
         """
+
+
+@runtime_checkable
+class Bounded(Resumable, Protocol):
+    """A ``Resumable`` whose engine may not notice that it is left, and tells its count at the end alone: an answer is
+    best cut where a leg ends by itself, after ``quantum`` tokens."""
+
+    def quantum(self, call: Call) -> int | None:
+        """Return how many tokens of the answer to make at a time while others wait; None: all at once."""
+
+    def run(self, call: Call, most: int | None = None) -> AsyncIterator[Chunk]:
+        """Do as ``Driver.run``, for ``most`` tokens: if the answer is longer, yield nothing of an ending."""
+
+    def resume(self, call: Call, past: Continuation, most: int | None = None) -> AsyncIterator[Piece]:
+        """Do as ``Resumable.resume``, for ``most`` tokens: if the answer is longer, yield no ``ending``."""
+
+
+def bounded(driver: Driver, call: Call) -> Bounded | None:
+    """Return the driver if it is ``Bounded``, and has the call's answer made in parts."""
+    kind: type = type(driver)
+    if not _is_bounded(kind):
+        return None
+    able = cast(Bounded, driver)
+    return able if able.quantum(call) is not None else None
+
+
+@lru_cache(maxsize=64)
+def _is_bounded(kind: type) -> bool:
+    return issubclass(kind, Bounded)
 
 
 def resumable(driver: Driver | None) -> Resumable | None:

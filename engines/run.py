@@ -24,12 +24,15 @@ class Run:
     meanwhile, the first too, or returns False when it cannot; ``push`` tries again. What it has not taken is left for
     ``chunks``.
 
-    ``transcript`` is there once a leg was cut and another can go on.
+    ``transcript`` is there once a leg was cut and another can go on. ``is_in_part``: the leg comes to an end soon by
+    itself, and had better be cut there.
     """
 
     __slots__ = (
         "_clock",
         "_drive",
+        "_held_s",
+        "_held_since",
         "_is_closed",
         "_on_close",
         "_position",
@@ -46,9 +49,11 @@ class Run:
         "incarnation",
         "is_cut",
         "is_ending",
+        "is_in_part",
         "is_inline",
         "is_pinned",
         "is_resumed",
+        "is_stalled",
         "journal",
         "lags_since",
         "leg",
@@ -56,6 +61,7 @@ class Run:
         "leg_started_at",
         "legs",
         "longest_pause",
+        "num_untold",
         "pending",
         "progress_at",
         "queue_s",
@@ -86,6 +92,7 @@ class Run:
         self._drive = drive
         self._is_closed = False
         self.is_cut = False
+        self.is_in_part = False
         self.is_inline = is_inline
         self.pending: Start | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -113,10 +120,13 @@ class Run:
         self.has_progress = False
         self.has_spoken = False
         self.longest_pause = 0.0
+        self.num_untold = 0  # tokens of this leg that the scheduler has not heard of
         self.is_ending = False
         self.cut_for: CutFor | None = None
         self.can_resume = False
         self.is_resumed = False
+        self.is_stalled = False
+        self._held_s = self._held_since = 0.0
         self.cause: Cause = "aborted"
         self.leg_error: ForebayError | None = None
         self.retry_after: float | None = None
@@ -132,9 +142,11 @@ class Run:
         self.incarnation = incarnation
         self.leg_started_at = self.progress_at = now
         self.queue_s += now - self.queued_at
-        self.has_progress = self.has_spoken = self.is_ending = self.can_resume = False
+        self.has_progress = self.has_spoken = self.is_ending = self.can_resume = self.is_in_part = False
         self.is_resumed = self.transcript is not None
-        self.longest_pause = 0.0
+        self.num_untold = 0
+        self.is_stalled = False
+        self._held_s = 0.0
         self.cut_for = None
         self.cause = "aborted"
         self.leg_error = None
@@ -242,23 +254,30 @@ class Run:
 
     def close(self) -> None:
         """Let go of the answer; if it still runs, its worker is told to stop at once."""
-        self.reader = None
+        self.reader = self.sink = None
+        self.journal.unfollow()  # with the sink, the ways from here back to here: what is over is freed at once
         self._is_closed = True
         self._on_close(self)
 
     async def room(self) -> None:
         """Wait until the reader has taken something. For the writer, when too much lies undelivered."""
         self._room = asyncio.get_running_loop().create_future()
+        self._held_since = self._clock.monotonic()
         try:
             await self._room
         finally:
             self._room = None
             self.progress_at = self._clock.monotonic()  # it was us who did not listen, not the engine who was silent
+            self._held_s += self.progress_at - self._held_since
 
     @property
     def is_held_back(self) -> bool:
         """Whether the writer waits for the reader."""
         return self._room is not None
+
+    def held_s(self, now: float) -> float:
+        """Return for how many seconds the leg that ``is_held_back`` now has waited for its reader, in all."""
+        return self._held_s + now - self._held_since
 
     def _delivered(self, num_bytes: int) -> None:
         self.journal.num_delivered_bytes += num_bytes

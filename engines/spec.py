@@ -57,7 +57,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     """One declared worker: ``launch`` (ours) or ``url`` (attached: probed and used, never killed).
 
     ``served_name`` is what the engine calls the model, ``api_key`` what an attached one wants as a bearer token,
-    ``max_inflight`` how many requests it is given at a time.
+    ``max_inflight`` how many requests it is given at a time. ``probe_continuation``: an engine that nothing is known of
+    is tried at its start whether it can go on with an answer.
     """
 
     id: WorkerId
@@ -68,4 +69,5 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     served_name: str | None = None
     api_key: str | None = None
     max_inflight: int = 4
+    probe_continuation: bool = True
     lifecycle: Lifecycle = Lifecycle()

@@ -6,13 +6,14 @@ The first leg's frames are parsed when the leg is cut, never as they come; a req
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from core.chat import Call, Endpoint, Usage
 from core.errors import UpstreamBroken
-from engines.driver import Chunk, Continuation, Piece, Resumable
+from engines.driver import Bounded, Chunk, Continuation, Piece, Resumable
+from engines.drivers.parts import PieceCount
 from engines.drivers.sse import DONE, data_of, json_of, split
 from routing.journal import Journal
 
@@ -39,6 +40,7 @@ class Transcript:
         self._ids: list[int] = []
         self._num_sure = 0  # of the ids, those whose text is out
         self._num_held = 0
+        self._pieces = PieceCount()
         self._has_ids = True
         self._has_role = False
         self._has_done = False
@@ -46,6 +48,7 @@ class Transcript:
         self._ending: dict[str, Any] | None = None
         self._usage: Usage | None = None
         self._num_legs = 1
+        self._num_exact = 0
         self.recomputed = 0
         self.prefilled: int | None = None
         self.at_most = 0
@@ -60,6 +63,11 @@ class Transcript:
         """Whether there is an event that later ones can be told like."""
         return bool(self._head)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine has said why the answer ends."""
+        return self._ending is not None
+
     def past(self) -> Continuation:
         """Return what the next leg has to know."""
         has_ids = self._has_ids and (self._num_sure > 0 or not self._texts)
@@ -67,7 +75,8 @@ class Transcript:
         num_tokens = len(ids) if ids is not None else None
         if self._usage is not None:
             num_tokens = self._usage.completion_tokens
-        return Continuation(tuple(self._texts), self._prompt_ids, ids, num_tokens)
+        num_pieces = self._pieces.num_sure
+        return Continuation(tuple(self._texts), self._prompt_ids, ids, num_tokens, self._usage, num_pieces)
 
     # What the first leg has said
 
@@ -89,12 +98,14 @@ class Transcript:
         if len(choices) != 1 or choice.get("index", 0) != 0 or choice.get("logprobs"):
             return False
         said = choice.get("delta") or {} if self._is_chat else choice
-        text = said.get("content" if self._is_chat else "text") or ""
+        name = "content" if self._is_chat else "text"
+        text = said.get(name) or ""
         if self._is_chat:
             if any(value for key, value in said.items() if key not in {"role", "content"}):
                 return False  # a tool's call, or thoughts: the next leg's engine would tell them as plain text
             # llama.cpp forgets the role where its first token ends inside of a letter: after text it is too late.
             self._has_role = self._has_role or "role" in said or bool(text)
+        self._note_piece(text, is_piece=name in said and "role" not in said)
         self._note_ids(frame, asides, has_text=bool(text))
         if text or not self._head:
             self._head = {key: value for key, value in event.items() if key not in _PROMPT_MEMBERS}
@@ -106,6 +117,17 @@ class Transcript:
         if choice.get("finish_reason"):
             self._ending = {key: choice[key] for key in ("finish_reason", "stop_reason") if key in choice}
         return True
+
+    def _note_piece(self, text: str, *, is_piece: bool) -> None:
+        if text or is_piece:
+            self._pieces.add(text)
+
+    def take_count(self, usage: Usage | None) -> None:
+        """Take the engine's own count of the first leg, if it has told one."""
+        if usage is not None:
+            num_silent = 0 if self.has_ended else self._pieces.num_silent(usage.completion_tokens)
+            usage = msgspec.structs.replace(usage, completion_tokens=usage.completion_tokens - num_silent)
+        self._usage = usage
 
     def _note_ids(self, frame: bytes, asides: Iterator[bytes], *, has_text: bool) -> None:
         has_ids = False
@@ -127,16 +149,19 @@ class Transcript:
     def write(self, piece: Piece) -> bytes:
         """Take a piece of a later leg, and return the frames in which the first leg would have told it."""
         if piece.prefilled is not None and self.prefilled is None:
+            self._num_exact += piece.is_exact
             self.prefilled = piece.prefilled
             self.recomputed += piece.prefilled
         if piece.ids is not None:
             self._ids += piece.ids
+        if piece.text or piece.num_tokens:
+            self._pieces.add(piece.text)
         if piece.text:
             self._has_ids = self._has_ids and piece.ids is not None
             self._num_sure = len(self._ids)
             self._texts.append(piece.text)
-        if piece.usage is not None:
-            self._usage = piece.usage
+        if piece.usage is not None:  # it counts what was held back as well
+            self._usage, self._num_held = piece.usage, 0
         self._num_held += piece.num_tokens
         piece.num_tokens = 0
         if piece.text or piece.ending is not None:  # what is held back does not count before its text is there
@@ -197,8 +222,15 @@ class Transcript:
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
+        if usage.cached_tokens:
+            told["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
         if self._num_legs > 1:
-            told["forebay"] = {"legs": self._num_legs, "recomputed_tokens": self.recomputed}
+            is_exact = self._num_exact == self._num_legs - 1
+            told["forebay"] = {
+                "legs": self._num_legs,
+                "recomputed_tokens": self.recomputed,
+                "exactness": "token" if is_exact else "prefix",
+            }
         return told
 
     @property
@@ -207,12 +239,13 @@ class Transcript:
         if self._usage is not None:
             return self._usage
         prompt = self._call.prompt_tokens_estimate if self._prompt_ids is None else len(self._prompt_ids)
-        return Usage(prompt_tokens=prompt, completion_tokens=len(self._ids) if self._has_ids else len(self._texts))
+        return Usage(prompt_tokens=prompt, completion_tokens=len(self._ids) if self._has_ids else self._pieces.num_sure)
 
-    async def go_on(self, driver: Resumable, call: Call) -> AsyncIterator[Chunk]:
+    async def go_on(self, driver: Resumable, call: Call, most: int | None = None) -> AsyncIterator[Chunk]:
         """Run another leg and yield its chunks; an answer that was over but for its last words needs none.
 
-        Raises what ``Driver.run`` raises.
+        With ``most``, which is for a ``Bounded`` driver, the leg may end before the answer. Raises what ``Driver.run``
+        raises.
         """
         self.prefilled = None
         streams = call.stream
@@ -223,7 +256,9 @@ class Transcript:
             self.at_most = self.usage.prompt_tokens + self.usage.completion_tokens
             has_begun = False
             try:
-                async with aclosing(driver.resume(call, self.past())) as pieces:  # type: ignore[type-var] # generators
+                past = self.past()
+                further = driver.resume(call, past) if most is None else cast(Bounded, driver).resume(call, past, most)
+                async with aclosing(further) as pieces:  # type: ignore[type-var] # generators
                     async for piece in pieces:
                         has_begun = True
                         frames = self.write(piece)
@@ -231,6 +266,8 @@ class Transcript:
             finally:
                 if has_begun and self.prefilled is None:  # it was cut before its engine has told
                     self.recomputed += self.at_most
+        if self._ending is None and most is not None:
+            return
         if self._ending is None:
             raise UpstreamBroken("the engine closed the stream before the answer was complete", status=502)
         if closing := self.close() if streams else self.whole():
@@ -246,6 +283,7 @@ def read(journal: Journal) -> Transcript | None:
         is_plain = all(transcript.add(frame, asides) for joined in frames for frame in split(joined))
     except (UpstreamBroken, msgspec.MsgspecError, AttributeError, TypeError):
         return None
+    transcript.take_count(journal.usage)
     return transcript if is_plain and transcript.has_begun else None
 
 

@@ -84,6 +84,10 @@ class Admission:
         used = {"requests": 1, "parallel": 0, "tokens": tokens, "token budget": tokens, "money budget": cost}
         self._limiter.settle(admitted.meters, [used[gauge.measure] for gauge in admitted.gauges], admitted.granted)
 
+    async def forget(self, tenant: str, end_user: str | None) -> None:
+        """Forget the counts of one end user of a tenant, or of all of them; see ``Limiter``."""
+        await self._limiter.forget(tenant, end_user)
+
     def price(self, model: ModelName) -> Price:
         """Return what the model's tokens cost."""
         return self._prices().get(model, _NO_PRICE)

@@ -20,7 +20,7 @@ import structlog
 
 from core.ids import TenantId
 from core.records import CLIENT_LEFT, Batch, LedgerLine, RequestRecord
-from engines.tasks import Tasks
+from gateway.looping import LoopingCall
 from routing.budgets import day_of
 
 _log = structlog.get_logger(__name__)
@@ -61,8 +61,7 @@ class Books:
         self._is_away = False
         self._has_spool = False
         self._spooling: asyncio.TimerHandle | None = None
-        self._tasks = Tasks()
-        self._flusher: asyncio.Task[None] | None = None
+        self._loop = LoopingCall("booking", self.flush, self.FLUSH_INTERVAL_S)
         self._flushing = asyncio.Lock()
 
     def add(self, record: RequestRecord, *, end_user: str = "") -> None:
@@ -92,17 +91,14 @@ class Books:
         return self._is_away
 
     async def __aenter__(self) -> Self:
-        await self._tasks.__aenter__()
         self._pending = self._read_spool()
-        self._flusher = self._tasks.create_task(self._flush_for_ever())
+        self._loop.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._flusher is not None:
-            self._flusher.cancel()
-        await self._tasks.__aexit__(kind, error, trace)
+        await self._loop.stop()
         await self.flush()
 
     async def flush(self) -> None:
@@ -130,11 +126,6 @@ class Books:
                 self._pending = None
                 self._note_return()
             self._drop_spool()
-
-    async def _flush_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(self.FLUSH_INTERVAL_S)
-            await self.flush()
 
     def _next_batch(self) -> Batch | None:
         """Take all that waits. A batch keeps its id however often it is tried."""

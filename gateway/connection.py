@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from uvicorn.server import ServerState
 
 
+def _never() -> bool:
+    return False
+
+
 class Corked:
     """A transport that can hold writes back for a moment, so that what belongs together leaves in one system call."""
 
@@ -62,6 +66,10 @@ class Corked:
             self._transport.write_eof()
         else:
             self._transport.close()
+
+    def release(self) -> None:
+        """The connection is gone: forget whose it was."""
+        self._lingers = _never
 
     def abort(self) -> None:
         """Close at once and throw away what has not been sent."""
@@ -162,7 +170,7 @@ class Connection(HttpToolsProtocol):
 
     def try_write(self, frames: bytes) -> bool:
         """Write a piece of a streamed answer that has begun; False, and nothing written, if the client lags."""
-        if self.lags:
+        if self.flow.write_paused or self.corked.is_closing():
             return False
         self.corked.write(b"%x\r\n%b\r\n" % (len(frames), frames))
         return True
@@ -205,10 +213,15 @@ class Connection(HttpToolsProtocol):
             self._refuse(408, "request_timeout", f"the body was not complete within {body_timeout:g} s")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell whoever watches, then do what uvicorn does."""
+        """Tell whoever watches, then do what uvicorn does, and let go of all that leads back here.
+
+        A cycle stays until the garbage collector comes by; a client that leaves would leave its request and answer.
+        """
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn forgets it after a reset: the timer would hold all of this
         self._tell()
+        self.cycle = self.scope = None  # type: ignore[assignment] # as uvicorn has it before the first request
+        self.corked.release()
 
     def on_message_begin(self) -> None:
         """Start the clock for the headers."""

@@ -1,6 +1,5 @@
 """All tenants and keys, in memory: those of the settings and those of the database, fresh within half a second."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
@@ -8,8 +7,8 @@ from typing import Self
 import structlog
 
 from core.tenancy import Stored
-from engines.tasks import Tasks
 from gateway.auth import Keyring
+from gateway.looping import LoopingCall
 
 _log = structlog.get_logger(__name__)
 
@@ -36,22 +35,18 @@ class Directory:
         self._snapshot = snapshot
         self._stored: Stored | None = None
         self._is_away = False
-        self._tasks = Tasks()
-        self._watcher: asyncio.Task[None] | None = None
+        self._loop = LoopingCall("directory_refresh", self.refresh, self.POLL_INTERVAL_S)
         self.keyring = self._ring()
 
     async def __aenter__(self) -> Self:
         await self.refresh()
-        await self._tasks.__aenter__()
-        self._watcher = self._tasks.create_task(self._watch())
+        self._loop.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
-        await self._tasks.__aexit__(kind, error, trace)
+        await self._loop.stop()
 
     @property
     def is_away(self) -> bool:
@@ -80,14 +75,6 @@ class Directory:
             _log.info("directory_back")
             self._is_away = False
             self.keyring = self._ring()
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(self.POLL_INTERVAL_S)
-            try:
-                await self.refresh()
-            except Exception:  # noqa: BLE001 - what is known holds: nobody is cut off by a fault of ours
-                _log.exception("directory_refresh_failed")
 
     def _ring(self) -> Keyring:
         declared = self._declared()

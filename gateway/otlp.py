@@ -1,7 +1,8 @@
 """Spans of finished requests, by OTLP over HTTP, under the names of OpenTelemetry's conventions for generative AI.
 
 Of a request there are: a server span ``chat MODEL``, below it ``queue`` while it waited for its first worker, and a
-client span for each leg. The library takes 0.2 s to import, so that only who traces imports this module.
+client span for each leg, whose id its engine was told. The library takes 0.2 s to import, so that only who traces
+imports this module.
 """
 
 import logging
@@ -20,6 +21,7 @@ from opentelemetry.trace.status import Status, StatusCode
 
 from core.chat import Endpoint
 from core.records import CLIENT_LEFT, CUTS, LegRecord, RequestRecord
+from core.spans import span_of_leg
 from core.tenancy import PICO_PER_USD
 from gateway.tracing import Finished, Trace
 
@@ -89,16 +91,17 @@ class Exporter:
         queue_s = record.legs[0].at_s if record.legs else record.queue_s
         if queue_s >= _SHORTEST_WAIT_S:
             waited = (started_at, started_at + queue_s)
-            spans.append(self._span("queue", _child(trace), own, waited, {}, kind=SpanKind.INTERNAL, error=None))
-        for leg in record.legs:
+            waiting = _context(trace.trace_id, random.getrandbits(64) or 1)
+            spans.append(self._span("queue", waiting, own, waited, {}, kind=SpanKind.INTERNAL, error=None))
+        for index, leg in enumerate(record.legs):
             began_at = started_at + leg.at_s
             spans.append(
                 self._span(
                     _name(operation, leg.model),
-                    _child(trace),
+                    _context(trace.trace_id, span_of_leg(trace.span_id, index)),
                     own,
                     (began_at, began_at + leg.duration_s),
-                    self._leg_attributes(leg, operation),
+                    self._leg_attributes(leg, index, operation),
                     kind=SpanKind.CLIENT,
                     error=None if leg.cause in _GOOD_ENDS else leg.cause,
                 )
@@ -131,14 +134,16 @@ class Exporter:
             attributes["gen_ai.usage.cache_read.input_tokens"] = record.usage.cached_tokens
         return attributes
 
-    def _leg_attributes(self, leg: LegRecord, operation: str) -> _Attributes:
+    def _leg_attributes(self, leg: LegRecord, index: int, operation: str) -> _Attributes:
         resumed: _Attributes = {} if leg.recomputed is None else {"forebay.leg.recomputed_tokens": leg.recomputed}
         return resumed | {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": self._provider(leg.worker),
             "gen_ai.request.model": leg.model,
             "forebay.worker": leg.worker,
+            "forebay.leg.index": index,
             "forebay.leg.cause": leg.cause,
+            "forebay.leg.is_resumed": leg.is_resumed,
         }
 
     def _provider(self, worker: str | None) -> str:
@@ -173,10 +178,6 @@ class Exporter:
 
 def _name(operation: str, model: str | None) -> str:
     return f"{operation} {model}" if model is not None else operation
-
-
-def _child(trace: Trace) -> SpanContext:
-    return _context(trace.trace_id, random.getrandbits(64) or 1)
 
 
 def _context(trace_id: int, span_id: int, *, is_remote: bool = False) -> SpanContext:

@@ -8,11 +8,11 @@ from typing import Self
 import structlog
 
 from core.clock import Clock
-from core.errors import InvalidRequest
+from core.errors import InvalidRequest, PreconditionFailed
 from core.records import Revision
-from engines.tasks import Tasks
 from gateway import revisions
 from gateway.live import Live
+from gateway.looping import LoopingCall
 from gateway.revisions import RESOURCES, Change, Fault, Overlay, RevisionStore
 from gateway.settings import SettingsError
 
@@ -50,21 +50,17 @@ class Overlays:
         self._in_force: dict[str, Revision] = {}
         self._following = asyncio.Lock()
         self._is_away = False
-        self._tasks = Tasks()
-        self._follower: asyncio.Task[None] | None = None
+        self._loop = LoopingCall("revisions", self._follow_quietly, self.POLL_INTERVAL_S)
 
     async def __aenter__(self) -> Self:
         await self._follow_quietly()
-        await self._tasks.__aenter__()
-        self._follower = self._tasks.create_task(self._follow_for_ever())
+        self._loop.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._follower is not None:
-            self._follower.cancel()
-        await self._tasks.__aexit__(kind, error, trace)
+        await self._loop.stop()
 
     @property
     def is_away(self) -> bool:
@@ -88,15 +84,26 @@ class Overlays:
         """Return revisions, newest first, from the one before number ``after``."""
         return await self._store.list(_known(resource), after, limit)
 
-    async def apply(self, resource: str, overlay: Overlay, *, author: str, note: str = "") -> Revision:
-        """Put an overlay in force for good, in the place of the one before. Raises ``OverlayRefused``."""
-        self._check(resource, overlay)
-        return await self._add(resource, overlay, author=author, note=note, ends_at=None)
+    async def apply(
+        self, resource: str, overlay: Overlay, *, author: str, expected: int | None, note: str = ""
+    ) -> Revision:
+        """Put an overlay in force for good, in the place of revision ``expected``, whatever that is if it is None.
 
-    async def canary(self, resource: str, overlay: Overlay, *, author: str, lasts_s: float, note: str = "") -> Revision:
-        """Put an overlay in force for a time. Unless it is kept before its end, what held before holds again."""
+        0 stands for the file alone. Raises ``OverlayRefused``, and ``PreconditionFailed`` if another one is in force.
+        """
         self._check(resource, overlay)
-        return await self._add(resource, overlay, author=author, note=note, ends_at=self._clock.wall() + lasts_s)
+        return await self._add(resource, overlay, author=author, expected=expected, note=note, ends_at=None)
+
+    async def canary(
+        self, resource: str, overlay: Overlay, *, author: str, expected: int | None, lasts_s: float, note: str = ""
+    ) -> Revision:
+        """Put an overlay in force for a time. Unless it is kept before its end, what held before holds again.
+
+        ``expected`` and errors are those of ``apply``.
+        """
+        self._check(resource, overlay)
+        ends_at = self._clock.wall() + lasts_s
+        return await self._add(resource, overlay, author=author, expected=expected, note=note, ends_at=ends_at)
 
     async def keep(self, resource: str) -> Revision:
         """Have the canary in force stay for good. Raises ``InvalidRequest`` if there is none."""
@@ -134,7 +141,7 @@ class Overlays:
             overlay = target.overlay
         self._check(resource, overlay)
         note = f"back to revision {target.number}" if target is not None else "back to the file"
-        added = await self._add(resource, overlay, author=author, note=note, ends_at=None)
+        added = await self._add(resource, overlay, author=author, expected=None, note=note, ends_at=None)
         if current is not None:
             await self._store.set_state(resource, current.number, "rolled_back")
         return added
@@ -172,8 +179,20 @@ class Overlays:
                 _log.info("canary_ended", resource=revision.resource, number=revision.number)
                 await self._store.set_state(revision.resource, revision.number, "rolled_back")
 
-    async def _add(self, resource: str, overlay: Overlay, *, author: str, note: str, ends_at: float | None) -> Revision:
-        newest = await self._newest(resource)
+    async def _add(
+        self,
+        resource: str,
+        overlay: Overlay,
+        *,
+        author: str,
+        expected: int | None,
+        note: str,
+        ends_at: float | None,
+    ) -> Revision:
+        newest = await self._newest(resource)  # who adds one after this takes the number that we would take
+        held = number_of(revisions.in_force(newest, self._clock.wall()))
+        if expected is not None and expected != held:
+            raise PreconditionFailed(f"{in_words(held)} is in force for {resource!r}, not {in_words(expected)}")
         revision = Revision(
             resource=resource,
             number=newest[0].number + 1 if newest else 1,
@@ -206,11 +225,6 @@ class Overlays:
         if faults := self.validate(resource, overlay):
             raise OverlayRefused(faults)
 
-    async def _follow_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(self.POLL_INTERVAL_S)
-            await self._follow_quietly()
-
     async def _follow_quietly(self) -> None:
         try:
             await self.follow()
@@ -223,6 +237,16 @@ class Overlays:
             _log.exception("revisions_failed")
             return
         self._is_away = False
+
+
+def number_of(revision: Revision | None) -> int:
+    """Return the number of the revision in force; 0 where there is none."""
+    return 0 if revision is None else revision.number
+
+
+def in_words(number: int) -> str:
+    """Return what a number of ``number_of`` stands for."""
+    return f"revision {number}" if number else "the settings file alone"
 
 
 def _known(resource: str) -> str:

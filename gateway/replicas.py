@@ -21,11 +21,12 @@ from core.clock import Clock
 from core.ids import ModelName, RequestId, WorkerId
 from engines.tasks import Tasks
 from gateway.settings import RedisSettings, Settings
-from routing.replicas.desk import FORGOTTEN_S, Status
+from routing.replicas.desk import Status
 from routing.replicas.desks import Desks
-from routing.replicas.messages import Envelope, ReplicaId, pack, unpack
+from routing.replicas.messages import Envelope, Handover, ReplicaId, pack, unpack
 from routing.scheduler import Effect, Event, Scheduler, Tokens, Worker
-from routing.scheduler.decisions import Decision, FairnessView
+from routing.scheduler.decisions import Decision
+from routing.scheduler.views import FairnessView
 from storage.redis.connection import RedisAwayError, RedisConnection
 from storage.redis.lease import Leases, Round
 
@@ -34,6 +35,7 @@ _log = structlog.get_logger(__name__)
 _TOKENS_WAIT_S = 0.05
 _AGAIN_S = 0.2
 _SLACK_S = 0.005
+_PATIENCE_S = 1.0
 _LONGEST_S = 0.5  # a lease is short: who waits longer for Redis has lost it
 
 
@@ -69,7 +71,7 @@ class Replicas:
         self._remember_until = float("-inf")
         self._heard_at = float("-inf")
         self._asked_at = float("-inf")
-        self._num_missed = 0
+        self._missed_since: float | None = None
         self._is_due = asyncio.Event()
         self._has_news = asyncio.Event()
         self._news_timer: asyncio.TimerHandle | None = None
@@ -143,8 +145,8 @@ class Replicas:
         return self._desks.explain(request)
 
     def fairness_view(self, model: ModelName) -> FairnessView:
-        """Return how the model is shared, as far as it is decided here."""
-        return self._desks.fairness_view(model)
+        """Return how the model is shared: as it is here, or as the gateway that decides has told last."""
+        return self._desks.fairness_view(model, self._clock.monotonic())
 
     def waste_left(self, model: ModelName) -> float | None:
         """Return what of the model may be computed again; None where that is not decided here."""
@@ -201,6 +203,8 @@ class Replicas:
             self._living.add(envelope.sender)  # it may be younger than our last round
         for message in envelope.messages:
             self._carry_out(self._desks.receive(envelope.sender, message, now))
+            if isinstance(message, Handover):
+                self._is_due.set()
         if envelope.messages:
             self._has_news.set()
 
@@ -241,10 +245,15 @@ class Replicas:
             raise RedisAwayError("what gateways send does not arrive")
         found = await self._leases.hold(self._desks.models)
         self._asked_at = asked_at
-        self._num_missed = 0
+        self._missed_since = None
         now = self._clock.monotonic()
         self._take(found, now)
         self._desks.beat()
+        if (due := self._desks.to_hand_over(now)) is not None:
+            model, epoch, successor = due
+            self._desks.give_up(model, now)
+            if await self._leases.hand_over(model, epoch, successor):
+                self._desks.announce(model, successor)
         self._has_news.set()
         ends = [lease.valid_until - now for lease in found.leases.values() if lease.holder != self.id]
         return max(_SLACK_S, min([self.BEAT_S, *(end + _SLACK_S for end in ends)]))
@@ -254,17 +263,12 @@ class Replicas:
         living = {ReplicaId(replica) for replica in found.replicas}
         if found.is_new:  # it has forgotten all of us, and nobody has gone
             self._remembered = self._living
-            self._remember_until = now + 2 * FORGOTTEN_S
-        is_forgetful = now < self._remember_until
-        known = living | self._remembered if is_forgetful else living
+            self._remember_until = now + Leases.DEAD_AFTER_S
+        known = living | self._remembered if now < self._remember_until else living
         self._living = living
         for model, lease in found.leases.items():
             if lease.holder == self.id:
-                self._carry_out(
-                    self._desks.lead(
-                        ModelName(model), lease.epoch, lease.valid_until, known, now, was_forgotten=is_forgetful
-                    )
-                )
+                self._carry_out(self._desks.lead(ModelName(model), lease.epoch, lease.valid_until, known, now))
             else:
                 self._desks.follow(ModelName(model), ReplicaId(lease.holder), lease.epoch, now)
         self._carry_out(self._desks.lose(known, now))
@@ -272,11 +276,12 @@ class Replicas:
     def _miss_beat(self) -> None:
         """Decide alone once no lease can last any more that this gateway has heard of.
 
-        Not at the first beat that is missed: a process that was paused has missed nothing but time.
+        Not at the first beats that are missed: a process that was paused has missed nothing but time.
         """
         now = self._clock.monotonic()
-        self._num_missed += 1
-        if self._num_missed > 1 and now >= self._asked_at + Leases.TTL_S:
+        if self._missed_since is None:
+            self._missed_since = now
+        if now >= self._missed_since + _PATIENCE_S and now >= self._asked_at + Leases.TTL_S:
             if any(status.role != "alone" for status in self.statuses):
                 _log.warning("replicas_unreachable", share=1 / self.num_replicas)
             self._carry_out(self._desks.stand_alone(self.num_replicas, now))

@@ -272,6 +272,7 @@ def view_of(status: WorkerStatus) -> WorkerView:
         max_inflight=status.max_inflight,
         incarnation=status.restarts,
         is_draining=status.state is State.DRAINING,
+        kv_tokens=status.capabilities.kv_tokens,
     )
 
 

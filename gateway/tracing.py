@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 import structlog
 
 from core.records import RequestRecord
-from engines.tasks import Tasks
+from gateway.looping import LoopingCall
 
 _log = structlog.get_logger(__name__)
 
@@ -24,12 +24,12 @@ _IS_SAMPLED = 1
 
 
 class Trace(NamedTuple):
-    """The span of one request. ``parent_id`` None: it is the root. ``to_engine``: its children's ``traceparent``."""
+    """The span of one request. ``parent_id`` None: it is the root. ``traceparent`` tells others of it."""
 
     trace_id: int
     span_id: int
     parent_id: int | None
-    to_engine: bytes
+    traceparent: bytes
 
     @property
     def hex_id(self) -> str:
@@ -65,8 +65,7 @@ class Tracing:
         self._draw = draw
         self._queue: deque[Finished] = deque()
         self._is_away = False
-        self._tasks = Tasks()
-        self._flusher: asyncio.Task[None] | None = None
+        self._loop = LoopingCall("trace_export", self.flush, self.INTERVAL_S)
         self.num_exported = 0
         self.num_dropped = 0
 
@@ -95,16 +94,13 @@ class Tracing:
             self._queue.append((record, trace))
 
     async def __aenter__(self) -> Self:
-        await self._tasks.__aenter__()
-        self._flusher = self._tasks.create_task(self._flush_for_ever())
+        self._loop.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._flusher is not None:
-            self._flusher.cancel()
-        await self._tasks.__aexit__(kind, error, trace)
+        await self._loop.stop()
         try:
             async with asyncio.timeout(self.LAST_FLUSH_S):
                 await self.flush()
@@ -128,11 +124,6 @@ class Tracing:
             self._note(is_away=not is_taken)
             if not is_taken:
                 return
-
-    async def _flush_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(self.INTERVAL_S)
-            await self.flush()
 
     def _note(self, *, is_away: bool) -> None:
         if is_away and not self._is_away:

@@ -1,6 +1,5 @@
 """Keeps the database fit: brings its tables up to date at start, and forgets what has had its time."""
 
-import asyncio
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -8,7 +7,7 @@ from typing import Self
 import structlog
 
 from core.clock import Clock
-from engines.tasks import Tasks
+from gateway.looping import LoopingCall
 from gateway.settings import SettingsError
 from storage.sql import schema
 from storage.sql.database import Database, StorageUnavailable
@@ -25,7 +24,7 @@ class Upkeep:
     returns how long request records are kept.
     """
 
-    RETRY_S = 2.0
+    INTERVAL_S = 2.0
     PRUNE_EVERY_S = 600.0
 
     def __init__(self, database: Database, clock: Clock, *, migrate: bool, retention_s: Callable[[], float]) -> None:
@@ -33,8 +32,9 @@ class Upkeep:
         self._clock = clock
         self._migrate = migrate
         self._retention_s = retention_s
-        self._tasks = Tasks()
-        self._task: asyncio.Task[None] | None = None
+        self._loop = LoopingCall("upkeep", self._keep, self.INTERVAL_S)
+        self._prunes_at = 0.0
+        self._fault = ""
         self.is_ready = False
 
     async def __aenter__(self) -> Self:
@@ -43,16 +43,13 @@ class Upkeep:
             await self._prepare()
         except StorageUnavailable as error:
             _log.warning("database_away_at_start", error=str(error))
-        await self._tasks.__aenter__()
-        self._task = self._tasks.create_task(self._keep())
+        self._loop.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-        await self._tasks.__aexit__(kind, error, trace)
+        await self._loop.stop()
 
     async def _prepare(self) -> None:
         try:
@@ -67,25 +64,28 @@ class Upkeep:
         self.is_ready = True
 
     async def _keep(self) -> None:
-        while not self.is_ready:
-            await asyncio.sleep(self.RETRY_S)
-            try:
-                await self._prepare()
-            except StorageUnavailable:
-                continue
-            except SettingsError as error:
+        if not self.is_ready:
+            await self._prepare_late()
+        elif (now := self._clock.monotonic()) >= self._prunes_at:
+            self._prunes_at = now + self.PRUNE_EVERY_S
+            await self._prune()
+
+    async def _prepare_late(self) -> None:
+        try:
+            await self._prepare()
+        except StorageUnavailable:
+            return
+        except SettingsError as error:
+            if str(error) != self._fault:
                 _log.error("database_unusable", error=str(error))
-                return
-        requests = Requests(self._database)
-        while True:
-            now = self._clock.wall()
-            try:
-                pruned = await requests.prune(now - self._retention_s(), now=now)
-            except StorageUnavailable as error:
-                _log.warning("prune_failed", error=str(error))
-            except Exception:  # noqa: BLE001 - old records are a smaller evil than no gateway
-                _log.exception("prune_failed")
-            else:
-                if pruned:
-                    _log.info("records_pruned", num=pruned)
-            await asyncio.sleep(self.PRUNE_EVERY_S)
+            self._fault = str(error)
+
+    async def _prune(self) -> None:
+        now = self._clock.wall()
+        try:
+            pruned = await Requests(self._database).prune(now - self._retention_s(), now=now)
+        except StorageUnavailable as error:
+            _log.warning("prune_failed", error=str(error))
+            return
+        if pruned:
+            _log.info("records_pruned", num=pruned)

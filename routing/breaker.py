@@ -50,6 +50,12 @@ class Breaker:
             self._has_trial = False
         self._open_until = now + self._cooldown_s
 
+    def trip(self, now: float) -> float:
+        """Open, as after the first failures that were too many; return until when."""
+        self._failures = self.THRESHOLD
+        self._open_until = now + self._cooldown_s
+        return self._open_until
+
     def on_inconclusive(self, *, was_trial: bool) -> None:
         """A leg ended in a way that says nothing of the worker; if it was the trial, another is free to start."""
         if was_trial:

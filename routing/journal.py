@@ -70,6 +70,10 @@ class Journal:
         prompt_tokens = self.call.prompt_tokens_estimate if self.frames else 0
         return Usage(prompt_tokens=prompt_tokens, completion_tokens=self.num_tokens)
 
+    def unfollow(self) -> None:
+        """Nobody is told of changes any more."""
+        self.on_change = _nobody
+
     def append(self, frames: bytes, num_tokens: int) -> None:
         """Add frames that are on their way to the client."""
         if frames:

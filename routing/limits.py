@@ -67,6 +67,13 @@ class Limiter(Protocol):
         Never waits and never fails: what cannot be told now is told later.
         """
 
+    async def forget(self, tenant: str, end_user: str | None) -> None:
+        """Forget the counts of one end user of a tenant, or of all of them; a tenant's and its keys' stay.
+
+        Whoever asks again begins anew. An answer that is open counts on until it has ended. Raises
+        ``LimitsUnavailable`` where the counts cannot be reached; then some may be gone: do it again.
+        """
+
 
 class OpenAnswers:
     """How many answers this process has open, by ``parallel`` meter. One truth for all limiters of a process: an answer
@@ -87,6 +94,17 @@ class OpenAnswers:
             self._counts[key] = count
         else:
             self._counts.pop(key, None)
+
+
+def counts_end_user(key: str, tenant: str, end_user: str | None) -> bool:
+    """Return whether a meter's key names this end user, or, for None, any of the tenant's."""
+    what, _, name = key.partition("/")
+    whose = name.removeprefix(f"end_user/{tenant}/")
+    if whose == name:
+        return False
+    if what == "budget":
+        whose = whose.rsplit("/", 3)[0]  # unit, period and its first day follow
+    return end_user is None or whose == end_user
 
 
 def reset_after(meter: Meter, now: float, at: int) -> float:
@@ -222,6 +240,12 @@ class LocalLimiter:
                 case _:
                     assert_never(meter.kind)
 
+    async def forget(self, tenant: str, end_user: str | None) -> None:
+        """Forget the counts of an end user, or of all of a tenant's; see ``Limiter``. Never waits."""
+        for counts in (self._windows, self._periods):
+            for key in [key for key in counts if counts_end_user(key, tenant, end_user)]:
+                del counts[key]
+
     def _limit(self, meter: Meter) -> int:
         if self._share == 1.0:
             return meter.limit
@@ -299,3 +323,8 @@ class FallbackLimiter:
     def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
         """Tell whoever has granted it; see ``Limiter``."""
         (self._local if granted.is_local else self._shared).settle(meters, used, granted)
+
+    async def forget(self, tenant: str, end_user: str | None) -> None:
+        """Forget them in both; see ``Limiter``. Raises ``LimitsUnavailable``: shared counts outlive this process."""
+        await self._local.forget(tenant, end_user)
+        await self._shared.forget(tenant, end_user)

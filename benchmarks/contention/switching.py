@@ -6,7 +6,6 @@ by itself (``max_tokens``) and the next finds its cache where it was, which hold
 """
 
 import statistics
-import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,11 +15,11 @@ import aiohttp
 import msgspec
 
 from benchmarks.contention.llamacpp import LlamaCpp, llamacpp, pin
+from engines.drivers.llamacpp_server import slot_files
 
 LENGTHS = (128, 256, 512, 768)
 _FIRST, _STRANGER = 1000, 3000  # token ids that texts begin with; any will do
 _AFTER = 4  # tokens made before a cut
-_FOLDER_ARG = "--slot-save-path"
 
 
 class Switch(msgspec.Struct, frozen=True):
@@ -42,18 +41,14 @@ class Switch(msgspec.Struct, frozen=True):
 async def switches(lengths: Sequence[int], repeats: int, core: int) -> list[Switch]:
     """Measure every length on an engine of one slot that has a core to itself."""
     measured = []
-    with tempfile.TemporaryDirectory(prefix="forebay-slots-") as folder:
-        async with (
-            llamacpp(slots=1, context=1024, args=(_FOLDER_ARG, folder)) as engine,
-            aiohttp.ClientSession() as http,
-        ):
-            pin([engine.pid], core)
-            slot = _Slot(engine, http)
-            await slot.first(_ids(64, _STRANGER))  # the first request of all is slower
-            for length in lengths:
-                rows = [await _once(slot, length, number) for number in range(repeats)]
-                middle = [statistics.median(column) for column in zip(*rows, strict=True)]
-                measured.append(Switch(length, *middle))
+    async with llamacpp(slots=1, context=1024) as engine, aiohttp.ClientSession() as http:
+        pin([engine.pid], core)
+        slot = _Slot(engine, http)
+        await slot.first(_ids(64, _STRANGER))  # the first request of all is slower
+        for length in lengths:
+            rows = [await _once(slot, length, number) for number in range(repeats)]
+            middle = [statistics.median(column) for column in zip(*rows, strict=True)]
+            measured.append(Switch(length, *middle))
     return measured
 
 
@@ -108,7 +103,8 @@ class _Slot:
 
     async def file(self, action: str) -> dict[str, int]:
         """Save the slot to its file, or read it back."""
-        told: dict[str, int] = await self._engine.ask(self._http, f"/slots/0?action={action}", {"filename": "a"})
+        path, body = f"/slots/0?action={action}", {"filename": slot_files(1)[0]}
+        told: dict[str, int] = await self._engine.ask(self._http, path, body)
         return told
 
     async def cut(self, ids: list[int]) -> float:

@@ -81,9 +81,11 @@ class LlamaCppDriver:
         seat = await book.seat(call.context.tenant, prompt, call.id, brings_cache=brings_cache)
         has_ended = False
         try:
-            if brings_cache and not await self._restore(guest, seat):
-                seat.is_cached = seat.is_own
-                book.entered(seat)
+            if brings_cache:
+                seat.is_own = await self._restore(guest, seat)
+                if not seat.is_own:
+                    seat.is_cached = False
+                    book.entered(seat)
             body["cache_prompt"] = seat.is_cached
             if seat.slot is not None:
                 body["id_slot"] = seat.slot
@@ -127,7 +129,7 @@ class LlamaCppDriver:
         """Put what was saved for the request into its slot, unless it lies there still; its file is free then."""
         file = self._files.pop(guest, None)
         if file is None:
-            return False
+            return seat.is_own
         try:
             if seat.is_own or not seat.is_cached:
                 return seat.is_own
@@ -142,34 +144,42 @@ class LlamaCppDriver:
     async def resume(self, call: Call, past: Continuation) -> AsyncIterator[Piece]:
         """Go on by ``/v1/completions`` with the rendered prompt and the text so far; see ``Resumable.resume``.
 
-        llama.cpp tells no ids in a stream: the tokens of the past are counted as the engine parts its text now.
+        llama.cpp tells no ids in a stream, and counts what it makes where it is asked to: we ask from leg two on.
+        The tokens of the first are counted as the engine parts its text now.
         """
         edited, _ = edit_request(call.endpoint, {**call.body, "model": self._served_name}, stream=True)
         prompt, ids = await self._tokens_of(call.endpoint, edited, past)
-        num_past = len(ids) - len(prompt)
+        num_parted = len(ids) - len(prompt)
+        num_past = num_parted if past.num_tokens is None else past.num_tokens
         limit = edited.get("max_tokens")
         if limit is not None and num_past >= limit:
             yield Piece(ending={"finish_reason": "length"}, usage=Usage(len(prompt), num_past))
             return
         body = {key: value for key, value in edited.items() if key not in _NOT_OF_COMPLETIONS}
-        body |= {"prompt": ids, "return_progress": True}
+        body |= {"prompt": ids, "return_progress": True, "timings_per_token": True}
         if limit is not None:
             body["max_tokens"] = limit - num_past
         placed = msgspec.json.encode(edited.get(_PLACED[call.endpoint]))
         reader = StreamReader(Endpoint.COMPLETIONS, strips_usage=False)
         begun: Usage | None = Usage(len(prompt), num_past)
+        num_made = 0
+        is_greedy = call.body.get("temperature") == 0
         async with self._seated(call, placed, body) as seat:
             encoded = msgspec.json.encode(body)
             async for chunk in self._wire.stream(Endpoint.COMPLETIONS, call, encoded, reader):
                 if chunk.is_progress:
                     self._book.entered(seat)
                     for frame in split(chunk.raw):
-                        piece = _piece_of(json_of(frame))
+                        event = json_of(frame)
+                        piece = _piece_of(event, num_made)
+                        # All but the last token lay there as the cut leg had left it; that one is always computed anew.
+                        piece.is_exact = is_greedy and seat.is_own and piece.prefilled == 1
+                        num_made += piece.num_tokens
                         piece.usage, begun = begun, None
                         yield piece
         if reader.usage is not None:
             used = reader.usage
-            yield Piece(usage=Usage(used.prompt_tokens - num_past, used.completion_tokens + num_past))
+            yield Piece(usage=Usage(used.prompt_tokens - num_parted, used.completion_tokens + num_past))
 
     async def _tokens_of(self, endpoint: Endpoint, edited: Json, past: Continuation) -> tuple[list[int], list[int]]:
         """Return the ids of the prompt, and of prompt and answer so far.
@@ -346,8 +356,9 @@ class LlamaCppDriver:
         await self._wire.close()
 
 
-def _piece_of(event: Any) -> Piece:
-    """Return what an event of ``/v1/completions`` adds to the answer; an empty piece is a sign of life."""
+def _piece_of(event: Any, num_made: int) -> Piece:
+    """Return what an event of ``/v1/completions`` adds to an answer that had ``num_made`` tokens of this leg before; an
+    empty piece is a sign of life."""
     if not isinstance(event, dict):
         return Piece()
     progress = event.get("prompt_progress") or {}
@@ -356,7 +367,8 @@ def _piece_of(event: Any) -> Piece:
     choice = choices[0]
     text = choice.get("text") or ""
     ending = {"finish_reason": choice["finish_reason"]} if choice.get("finish_reason") else None
-    return Piece(text, int(bool(text)), ending=ending, prefilled=prefilled)
+    num = (event.get("timings") or {}).get("predicted_n", num_made + bool(text)) if text else num_made
+    return Piece(text, max(0, num - num_made), ending=ending, prefilled=prefilled)
 
 
 class LlamaCppEngine:

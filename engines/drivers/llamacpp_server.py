@@ -37,7 +37,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--alias", help="the model's name on the wire")
     parser.add_argument("--embeddings", action="store_true", help="serve /v1/embeddings too (mean pooling)")
-    parser.add_argument("--slot-save-path", type=Path, help="directory for saved slots, in place of --slot-files")
     parser.add_argument("--slot-files", type=int, default=0, help="slots that can be saved at a time, in memory alone")
     parser.add_argument("--batch", type=int, default=256, help="tokens per prefill step")
     parser.add_argument("--chat-template", type=Path, help="Jinja file used in place of the model's own template")
@@ -112,10 +111,7 @@ def common_params(args: argparse.Namespace, key: str | None) -> Any:
         params.model_alias = {args.alias}
     if args.chat_template:
         params.chat_template = args.chat_template.read_text()
-    if args.slot_save_path:
-        args.slot_save_path.mkdir(parents=True, exist_ok=True)
-        params.slot_save_path = f"{args.slot_save_path}{os.sep}"  # the engine joins by plain concatenation
-    elif args.slot_files:
+    if args.slot_files:
         params.slot_save_path = _FILES
     if args.embeddings:
         params.embedding = True

@@ -18,6 +18,27 @@ def gauge(text: str, name: str) -> float | None:
     return total
 
 
+def labelled(text: str, name: str, *labels: str) -> float | None:
+    """Return the product of labels that are numbers, summed over a metric's label sets; None if one is missing.
+
+    For metrics that say what they have to say in their labels, as vLLM's ``*_info`` do.
+    """
+    total: float | None = None
+    for line in text.splitlines():
+        if not line.startswith(name + "{"):
+            continue
+        values = [_label(line, label) for label in labels]
+        if any(value is None for value in values):
+            return None
+        total = (total or 0.0) + math.prod(value for value in values if value is not None)
+    return total
+
+
+def _label(line: str, label: str) -> float | None:
+    found = re.search(rf'[{{,]{label}="([^"]*)"', line)
+    return _number(found[1]) if found is not None else None
+
+
 def _number(text: str) -> float | None:
     try:
         value = float(text)

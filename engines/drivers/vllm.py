@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from core.chat import Call, Endpoint, Usage
 from core.errors import ForebayError, UpstreamError, WorkerLost, WorkerUnreachable
 from core.ids import TenantId, WorkerId
 from engines.driver import Capabilities, Chunk, Continuation, Exactness, Health, Load, Piece
-from engines.drivers.metrics import gauge
+from engines.drivers.metrics import gauge, labelled
 from engines.drivers.openai import OpenAIDriver
 from engines.drivers.pinning import limit_of, may_be_cut
-from engines.drivers.sse import StreamReader, json_of, split
+from engines.drivers.seam import Seam
+from engines.drivers.sse import StreamReader
 from engines.engine import Command
 from engines.spec import Launch, WorkerSpec
 from engines.weights import problem_with
@@ -46,7 +48,7 @@ class VllmDriver(OpenAIDriver):
         self._can_continue = False
         self._context_tokens: int | None = None
 
-    def run(self, call: Call) -> AsyncIterator[Chunk]:
+    def run(self, call: Call, most: int | None = None) -> AsyncIterator[Chunk]:
         """Run the call; see ``Driver.run``. Raises ``WorkerUnreachable`` at once while the engine process is dead.
 
         vLLM's server outlives its engine process by half a second or more and answers 500 to everything: a request
@@ -54,7 +56,7 @@ class VllmDriver(OpenAIDriver):
         """
         if self._is_dead:
             raise WorkerUnreachable("the engine process of this worker has died")
-        return super().run(call)
+        return super().run(call, most)
 
     def _body(self, call: Call) -> dict[str, Any]:
         body = super()._body(call) | {"cache_salt": salt_of(call.context.tenant, self._salt_key)}
@@ -72,22 +74,29 @@ class VllmDriver(OpenAIDriver):
         """
         return "prefix" if self._can_continue and may_be_cut(call) else "pinned"
 
-    async def resume(self, call: Call, past: Continuation) -> AsyncIterator[Piece]:
+    def quantum(self, call: Call) -> int | None:
+        """Return None: vLLM notices at once that it is left, and its ids say how far it was."""
+
+    async def resume(self, call: Call, past: Continuation, most: int | None = None) -> AsyncIterator[Piece]:
         """Go on by ``/v1/completions`` with the prompt's and the answer's token ids; see ``Resumable.resume``.
 
-        The ids are those of the earlier legs if they say exactly what was delivered. With stop strings vLLM holds text
-        back, and its ids run ahead of it: there, and where ids are unknown, the text is tokenised anew.
+        The ids are those of the earlier legs: they are what the engine made, also where no text follows from them
+        (special tokens, bytes that are no characters). Where they are unknown, the text is tokenised anew. With stop
+        strings vLLM holds text back that its ids say already: it is delivered by this leg.
         """
         if self._is_dead:
             raise WorkerUnreachable("the engine process of this worker has died")
         prompt_ids = past.prompt_ids if past.prompt_ids is not None else await self._ids_of_prompt(call)
-        by_ids = past.ids is not None and not call.body.get("stop") and await self._says(past.ids, past.text)
+        stops = _stops_of(call)
+        held = await self._held_back(past) if stops else ""
+        by_ids = past.ids is not None and held is not None
         ids = past.ids if by_ids and past.ids is not None else await self._ids_of_text(call, past.text)
         num_past = len(ids) if past.num_tokens is None else past.num_tokens
+        seam = Seam(held or "", stops)
         limit = self._limit(call, len(prompt_ids), len(ids) - num_past)
         if limit is not None and num_past >= limit:
             ended = {"finish_reason": "length", "stop_reason": None}
-            yield Piece(ending=ended, usage=Usage(len(prompt_ids), num_past))
+            yield Piece(seam.close(), ending=ended, usage=Usage(len(prompt_ids), num_past))
             return
         body = {key: value for key, value in self._body(call).items() if key not in _NOT_OF_COMPLETIONS}
         body |= {"prompt": prompt_ids + ids, "stream": True, "stream_options": {"include_usage": True}}
@@ -100,17 +109,15 @@ class VllmDriver(OpenAIDriver):
         if limit is None or limit - num_past > _WORTH_ASKING:
             yield Piece(prefilled=await self._prefill(body))
         begun: Usage | None = Usage(len(prompt_ids), num_past)
-        try:
-            async for chunk in self._wire.stream(Endpoint.COMPLETIONS, call, msgspec.json.encode(body), reader):
-                for frame in split(chunk.raw) if chunk.is_progress else ():
-                    if (piece := _piece_of(json_of(frame), by_ids=by_ids)) is not None:
-                        piece.usage, begun = begun, None
-                        yield piece
-        except UpstreamError as error:
-            meant = self._meaning_of(error, call)
-            if meant is error:
-                raise
-            raise meant from error
+        async with aclosing(self._events(call, Endpoint.COMPLETIONS, body, reader)) as events:
+            async for event in events:
+                if (piece := _piece_of(event, by_ids=by_ids)) is None:
+                    continue
+                piece.usage, begun = begun, None
+                has_stopped = _joined(piece, seam)
+                yield piece
+                if has_stopped:
+                    return
         if reader.usage is not None:
             used = reader.usage
             whole = Usage(used.prompt_tokens - len(ids), used.completion_tokens + num_past)
@@ -149,18 +156,17 @@ class VllmDriver(OpenAIDriver):
         answer = await self.tokenize({"model": call.model, **asked})
         return msgspec.convert(answer.get("tokens"), list[int])
 
-    async def _says(self, ids: list[int], text: str) -> bool:
-        """Return whether the ids say the text and nothing else: they may end inside a character, or be special.
+    async def _held_back(self, past: Continuation) -> str | None:
+        """Return the text that the ids of the past say and that was not delivered; None if they say another.
 
-        What is no UTF-8 is told by other numbers of replacement characters when it is told at once: there they count
-        for nothing but at the end, where one means a character that has not been delivered.
+        Tokenizers differ in the space before a text that stands alone. What is told of special tokens and of bytes that
+        are no characters differs from what was streamed: such an answer goes on by its text.
         """
-        if not ids:
-            return not text
-        told = (await self.detokenize({"tokens": ids})).get("prompt")
-        if not isinstance(told, str) or (told.endswith(_NO_CHARACTER) and not text.endswith(_NO_CHARACTER)):
-            return False
-        return told.replace(_NO_CHARACTER, "").lstrip(" ") == text.replace(_NO_CHARACTER, "").lstrip(" ")
+        if not past.ids:
+            return None if past.text else ""
+        told = (await self.detokenize({"tokens": past.ids})).get("prompt")
+        told, text = str(told).lstrip(" "), past.text.lstrip(" ")
+        return told[len(text) :] if told.startswith(text) and not told.endswith(_NO_CHARACTER) else None
 
     def _limit(self, call: Call, num_prompt: int, num_more: int) -> int | None:
         """Return how many tokens the answer may have in all. ``num_more``: how many more its text is when it is parted
@@ -198,35 +204,41 @@ class VllmDriver(OpenAIDriver):
 
     async def load(self) -> Load | None:
         """Read ``/metrics``."""
-        try:
-            status, body = await self._wire.fetch("/metrics")
-        except ForebayError:
+        text = await self._metrics()
+        if text is None:
             return None
-        if status != 200:
-            return None
-        text = body.decode("utf-8", "replace")
         return Load(
             running=int(gauge(text, "vllm:num_requests_running") or 0),
             waiting=int(gauge(text, "vllm:num_requests_waiting") or 0),
             kv_used=gauge(text, "vllm:kv_cache_usage_perc"),
         )
 
+    async def _metrics(self) -> str | None:
+        try:
+            status, body = await self._wire.fetch("/metrics")
+        except ForebayError:
+            return None
+        return body.decode("utf-8", "replace") if status == 200 else None
+
     async def capabilities(self) -> Capabilities:
-        """Read the routes and the context, then try token ids both ways, and whether text and ids become each other."""
-        known = await super().capabilities()
+        """Read the routes and the context, then try token ids both ways, and whether text becomes ids."""
+        known = await self._listed()
         self._context_tokens = known.context_tokens
         model = self._served_name or (known.models[0] if known.models else "")
         probe = await self._probe("/v1/completions", {"model": model, "prompt": [1, 2, 3], "return_token_ids": True})
         has_ids = bool(probe and probe["choices"][0].get("token_ids"))
         self._can_continue = has_ids and await self._has_tokenizer(model)
+        metrics = await self._metrics()
+        memory = labelled(metrics or "", "vllm:cache_config_info", "num_gpu_blocks", "block_size")
         return Capabilities(
             endpoints=await self._endpoints(),
             context_tokens=known.context_tokens,
+            kv_tokens=int(memory) if memory is not None else None,
             token_ids=has_ids,
             token_prompts=probe is not None,
             continuation=self._can_continue,
             cache_salt=True,
-            metrics=await self.load() is not None,
+            metrics=metrics is not None,
             models=known.models,
             version=await self._version(),
         )
@@ -241,7 +253,7 @@ class VllmDriver(OpenAIDriver):
     async def _has_tokenizer(self, model: str) -> bool:
         try:
             answer = await self.tokenize({"model": model, "prompt": "1, 2,", "add_special_tokens": False})
-            return await self._says(msgspec.convert(answer.get("tokens"), list[int]), "1, 2,")
+            return bool(msgspec.convert(answer.get("tokens"), list[int]))
         except (ForebayError, msgspec.ValidationError):
             return False
 
@@ -258,6 +270,21 @@ class VllmDriver(OpenAIDriver):
             return str((await self._wire.ask("/version")).get("version"))
         except ForebayError:
             return None
+
+
+def _joined(piece: Piece, seam: Seam) -> bool:
+    """Have the piece say what can be delivered with it; return whether a stop string has ended the answer."""
+    piece.text, stop = seam.add(piece.text)
+    if stop is not None:
+        piece.ending = {"finish_reason": "stop", "stop_reason": stop}
+    elif piece.ending is not None:
+        piece.text += seam.close()
+    return stop is not None
+
+
+def _stops_of(call: Call) -> list[str]:
+    stop = call.body.get("stop")
+    return [stop] if isinstance(stop, str) else [one for one in stop or () if isinstance(one, str)]
 
 
 def _piece_of(event: Any, *, by_ids: bool) -> Piece | None:

@@ -1,17 +1,14 @@
-"""HTTP to one engine: the only module that knows aiohttp's client, and translates its errors."""
+"""One engine over HTTP: calls and questions go out, chunks, answers and errors of ours come back."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any, Literal
 
-import aiohttp
 import msgspec
-from multidict import CIMultiDict
 from yarl import URL
 
-from core.chat import Call, Endpoint
+from core.chat import Call
 from core.errors import (
     ConnectTimeout,
     ContextLengthExceeded,
@@ -24,6 +21,9 @@ from core.errors import (
     WorkerUnreachable,
 )
 from engines.driver import Chunk
+from engines.drivers.http import Http, Response
+from engines.drivers.http1 import Http1
+from engines.drivers.http_remote import RemoteHttp, has_proxy
 from engines.drivers.sse import FrameBuffer, StreamReader, read_whole
 
 _CONTEXT_WORDS = (
@@ -34,8 +34,8 @@ _CONTEXT_WORDS = (
     "context window",
     "too large to process",  # llama.cpp of an embedding input longer than a batch, with status 500
 )
+_OK = 200
 _PROBE_TIMEOUT_S = 2.0
-_KEEPALIVE_S = 4.0  # less than the 5 s after which uvicorn, and so vLLM, closes an idle connection
 _LAST_BYTES_TIMEOUT_S = 0.5  # an engine that stays open after its last word loses the connection
 
 
@@ -47,7 +47,7 @@ class Wire:
     """
 
     def __init__(self, base_url: str, api_key: str | None, *, reuses_connections: bool = True) -> None:
-        self._base = base_url.rstrip("/").removesuffix("/v1")
+        base = URL(base_url.rstrip("/").removesuffix("/v1"))
         headers = {
             "accept": "*/*",
             "accept-encoding": "identity",
@@ -56,24 +56,8 @@ class Wire:
         }
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
-        self._translated = _Translated(self._base)
-        self._open: set[aiohttp.ClientResponse] = set()
-        self._urls: dict[str, URL] = {path: self._url(path) for path in Endpoint}
-        is_local = self._url("").host in {"127.0.0.1", "localhost", "::1"}
-        self._session = aiohttp.ClientSession(
-            headers=headers,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
-            if reuses_connections
-            else aiohttp.TCPConnector(limit=0, force_close=True),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            read_bufsize=2**18,
-            # A proxy of the environment may stand between us and a provider, never before our own workers.
-            trust_env=not is_local,
-        )
-
-    def _url(self, path: str) -> URL:
-        return URL(self._base + path)
+        kind: type[Http1 | RemoteHttp] = Http1 if _is_plain(base) else RemoteHttp
+        self._http: Http = kind(base, headers, reuses_connections=reuses_connections)
 
     async def stream(self, path: str, call: Call, body: bytes, reader: StreamReader) -> AsyncIterator[Chunk]:
         """Post the call and yield its events as whole frames until the stream is done.
@@ -81,62 +65,59 @@ class Wire:
         Raises ``UpstreamError`` for an error status, an error event, or a stream cut short, and ``WorkerLost``.
         """
         buffer = FrameBuffer()
-        with self._translated:
-            async with self._post(path, call, body) as response:
-                self._open.add(response)
-                try:
-                    if response.status != 200:
-                        raise refusal(response.status, await response.read(), response.headers.get("retry-after"))
-                    readany = response.content.readany
-                    while data := await readany():
-                        frames = buffer.feed(data)
-                        if not frames:
-                            continue
-                        if frames.startswith(b":") and b"data:" not in frames:
-                            yield Chunk(raw=frames, is_progress=False)
-                            continue
-                        raw = reader.read(frames)
-                        yield Chunk(raw, reader.num_tokens, reader.usage, aside=reader.aside)
-                        if reader.error is not None:
-                            raise error_event(reader.error)
-                        if reader.is_done:
-                            await _finish(response)
-                            return
-                    if buffer.rest:
-                        raise WorkerLost("the engine closed the connection in the middle of an event")
-                    if ending := reader.close():
-                        yield Chunk(ending, 0, reader.usage)
-                finally:
-                    self._open.discard(response)
+        response = await self._post(path, call, body)
+        try:
+            readany = response.readany
+            while data := await readany():
+                if response.status != _OK:
+                    raise refusal(response.status, data + await response.read(), response.header("retry-after"))
+                frames = buffer.feed(data)
+                if not frames:
+                    continue
+                if frames.startswith(b":") and b"data:" not in frames:
+                    yield Chunk(raw=frames, is_progress=False)
+                    continue
+                raw = reader.read(frames)
+                yield Chunk(raw, reader.num_tokens, reader.usage, aside=reader.aside)
+                if reader.error is not None:
+                    raise error_event(reader.error)
+                if reader.is_done:
+                    await _finish(response)
+                    return
+            if response.status != _OK:
+                raise refusal(response.status, b"", response.header("retry-after"))
+            if buffer.rest:
+                raise WorkerLost("the engine closed the connection in the middle of an event")
+            if ending := reader.close():
+                yield Chunk(ending, 0, reader.usage)
+        finally:
+            response.release()
 
     async def whole(self, path: str, call: Call, body: bytes) -> Chunk:
         """Post the call and return its answer, metered. Raises like ``stream``."""
-        with self._translated:
-            async with self._post(path, call, body) as response:
-                self._open.add(response)
-                try:
-                    answer = await response.read()
-                finally:
-                    self._open.discard(response)
-                if response.status != 200:
-                    raise refusal(response.status, answer, response.headers.get("retry-after"))
+        response = await self._post(path, call, body)
+        try:
+            answer = await response.read()
+            if response.status != _OK:
+                raise refusal(response.status, answer, response.header("retry-after"))
+        finally:
+            response.release()
         whole = read_whole(answer)
         if whole.error:
             raise error_event(whole.error)
         usage = whole.merged_usage(None)
         return Chunk(answer, usage.completion_tokens if usage is not None else 0, usage)
 
-    def _post(self, path: str, call: Call, body: bytes) -> Any:
-        headers: CIMultiDict[str] = CIMultiDict({"x-request-id": call.id})
+    async def _post(self, path: str, call: Call, body: bytes) -> Response:
+        headers: dict[str, str] = {"x-request-id": call.id}
         if call.traceparent is not None:
             headers["traceparent"] = call.traceparent
-        return self._session.post(self._urls.get(path) or self._url(path), data=body, headers=headers,
-                                  timeout=_deadlines(call.timeouts.connect), allow_redirects=False)  # fmt: skip
+        return await self._http.send("POST", path, headers, body, connect_timeout=call.timeouts.connect)
 
     async def ask(self, path: str, body: Any = None, *, timeout_s: float = _PROBE_TIMEOUT_S) -> Any:
         """Return the JSON that a small request (GET, or POST with a body) answers. Raises ``ForebayError``."""
         status, answer = await self.fetch(path, body, timeout_s=timeout_s)
-        if status != 200:
+        if status != _OK:
             raise refusal(status, answer, None)
         try:
             return msgspec.json.decode(answer)
@@ -145,14 +126,17 @@ class Wire:
 
     async def fetch(self, path: str, body: Any = None, *, timeout_s: float = _PROBE_TIMEOUT_S) -> tuple[int, bytes]:
         """Return status and body of a small request (GET, or POST with a body). Raises ``WorkerLost``."""
-        method = "GET" if body is None else "POST"
-        data = None if body is None else msgspec.json.encode(body)
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        with self._translated:
-            async with self._session.request(
-                method, self._url(path), data=data, timeout=timeout, allow_redirects=False
-            ) as response:
-                return response.status, await response.read()
+        try:
+            async with asyncio.timeout(timeout_s):
+                method, sent = ("GET", None) if body is None else ("POST", msgspec.json.encode(body))
+                response = await self._http.send(method, path, {}, sent, connect_timeout=timeout_s)
+                try:
+                    answer = await response.read()
+                    return response.status, answer
+                finally:
+                    response.release()
+        except TimeoutError as error:
+            raise WorkerLost(f"the worker did not answer {path} in time") from error
 
     async def probe(self, path: str) -> int | Literal["silent", "unreachable"]:
         """Return the status that a GET answers, or what it means that there is none. Never raises."""
@@ -166,49 +150,22 @@ class Wire:
 
     async def close(self) -> None:
         """Close every connection. Who waits for an answer gets a ``WorkerLost``."""
-        for response in tuple(self._open):
-            response.close()  # the session's own close wakes nobody who reads a body
-        await self._session.close()
+        await self._http.close()
 
 
-async def _finish(response: aiohttp.ClientResponse) -> None:
+def _is_plain(base: URL) -> bool:
+    """Whether the origin takes nothing but TCP: no TLS, no name and password, no proxy."""
+    return base.scheme == "http" and base.user is None and not has_proxy(base)
+
+
+async def _finish(response: Response) -> None:
     """Read to the end of a stream that has said its last word, so that its connection can be used again."""
+    if response.is_complete:
+        return
     with suppress(TimeoutError):
         async with asyncio.timeout(_LAST_BYTES_TIMEOUT_S):
-            while await response.content.readany():
+            while await response.readany():
                 pass
-
-
-@lru_cache(maxsize=64)
-def _deadlines(connect: float) -> aiohttp.ClientTimeout:
-    """Only a connection attempt ends by itself: the other deadlines are the dispatcher's."""
-    return aiohttp.ClientTimeout(total=None, sock_connect=connect)
-
-
-class _Translated:
-    """A context in which aiohttp's errors become ours; the most specific comes first."""
-
-    __slots__ = ("_base",)
-
-    def __init__(self, base: str) -> None:
-        self._base = base
-
-    def __enter__(self) -> None:
-        """Enter; nothing happens."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raise what the error means to a caller; errors of other kinds pass."""
-        match error:
-            case None | ForebayError():
-                return
-            case aiohttp.ConnectionTimeoutError():
-                raise ConnectTimeout(f"the worker at {self._base} did not accept a connection in time") from error
-            case aiohttp.ClientConnectorError():
-                raise WorkerUnreachable(f"the worker at {self._base} cannot be reached") from error
-            case aiohttp.ClientError() | ConnectionError():
-                raise WorkerLost(f"the worker at {self._base} broke the connection") from error
-            case TimeoutError():
-                raise WorkerLost(f"the worker at {self._base} did not answer in time") from error
 
 
 def _described(body: bytes) -> dict[str, Any]:

@@ -219,6 +219,8 @@ class Engine:
         count = 1 if body.n is None else body.n
         if not 1 <= count <= _MAX_CHOICES:
             raise BadRequestError(f"n must be from 1 to {_MAX_CHOICES}", param="n")
+        if self._settings.begins_anew:
+            prompts = [self._unanswered(prompt) for prompt in prompts]
         limits = self._limits(most, body.stop, body.ignore_eos)
         self._check_length(prompts, most)
         answers = [
@@ -237,6 +239,11 @@ class Engine:
             top_logprobs=top,
             echo=echo,
         )
+
+    def _unanswered(self, prompt: Prompt) -> Prompt:
+        """Return the prompt without the beginning of an answer that stands at its end."""
+        num = self._author.already_written(prompt.ids)
+        return Prompt(prompt.ids[: len(prompt.ids) - num], prompt.head)
 
     def _check_length(self, prompts: list[Prompt], most: int | None) -> None:
         limit = self._settings.max_model_len

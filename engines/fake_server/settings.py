@@ -27,6 +27,7 @@ class Settings:
     api_key: str | None
     salt: str
     glyphs: bool
+    begins_anew: bool
     dims: int
     exit_at_start: int | None
     ignore_sigterm: bool
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--api-key", default=os.environ.get("FAKE_API_KEY"))
     add("--salt", default="", help="engines with different salts answer differently")
     add("--glyphs", action="store_true", help="answers have words whose characters are spread over tokens")
+    add("--begins-anew", action="store_true", help="an answer that is given to be continued is written from its start")
     add("--dims", type=int, default=64, help="length of an embedding")
     add("--exit-at-start", type=int, metavar="CODE")
     add("--ignore-sigterm", action="store_true")

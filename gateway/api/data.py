@@ -165,7 +165,7 @@ class DataPlane:
         if self._tracing is not None:
             exchange.trace = trace = self._tracing.start(exchange.headers.get(b"traceparent"))
             if trace is not None:
-                exchange.headers[b"traceparent"] = trace.to_engine  # what the engine does is part of our span
+                exchange.headers[b"traceparent"] = trace.traceparent  # see `has_leg_spans`
         REQUEST.set((exchange.id, exchange.trace))
         try:
             await self._serve(endpoint, scope, receive, exchange)
@@ -196,6 +196,7 @@ class DataPlane:
             request_id=exchange.id,
             principal=principal,
             catalog=self._live.catalog,
+            is_traced=exchange.trace is not None,
         )
         self._check_room(principal, call)
         self._num_open[principal.tenant] += 1
@@ -274,16 +275,15 @@ class DataPlane:
         corked.uncork()
 
     def _deliver(self, exchange: _Exchange, run: Run, frames: bytes) -> bool:
-        """Write frames of a stream, after its head if they are the first; False, and nothing, if the client lags."""
+        """Write the first frames of a stream after its head; False, and nothing, if the client lags."""
         connection = exchange.connection
-        if exchange.status:
-            return connection.try_write(frames)
         if connection.lags:
             return False
         connection.corked.cork()
         self._begin(run, exchange, _STREAM_HEAD, None)
         connection.try_write(frames)
         connection.corked.uncork()
+        run.sink = connection.try_write  # from now on without us in between
         return True
 
     async def _send_stream(self, run: Run, exchange: _Exchange) -> None:

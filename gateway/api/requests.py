@@ -92,8 +92,12 @@ def read_call(
     request_id: RequestId,
     principal: Principal,
     catalog: Catalog,
+    is_traced: bool = False,
 ) -> Call:
-    """Return the call that a request means. Raises ``InvalidRequest`` and its kin, saying which field and why."""
+    """Return the call that a request means. Raises ``InvalidRequest`` and its kin, saying which field and why.
+
+    ``is_traced``: the header ``traceparent`` is our own span of the request.
+    """
     ceilings = principal.tenant_spec.ceilings
     body = parse_body(raw, ceilings.depth)
     model = find_model(body, catalog, principal)
@@ -137,6 +141,7 @@ def read_call(
         if "fallbacks" in options
         else tuple(name for name in model.fallbacks if principal.may_use(name)),
         traceparent=traceparent.decode("ascii") if traceparent and _TRACEPARENT.fullmatch(traceparent) else None,
+        has_leg_spans=is_traced,
     )
 
 

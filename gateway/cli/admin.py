@@ -39,9 +39,9 @@ class Admin:
         query = urlencode([(name, _written(value)) for name, value in given], doseq=True)
         return self._ask("GET", f"{path}?{query}" if query else path, timeout_s=10.0)
 
-    def post(self, path: str, body: object = None) -> Answer:
-        """Return the answer to a POST."""
-        return self._ask("POST", path, body=body, timeout_s=_DRAIN_TIMEOUT_S)
+    def post(self, path: str, body: object = None, *, if_match: str | None = None) -> Answer:
+        """Return the answer to a POST, which is refused unless what it changes is still in this state."""
+        return self._ask("POST", path, body=body, if_match=if_match, timeout_s=_DRAIN_TIMEOUT_S)
 
     def change(self, method: str, path: str, read: Answer, body: object = None) -> Answer:
         """Return the answer to a change of what ``read`` has shown; it is refused if that was changed since."""

@@ -14,8 +14,11 @@ from gateway.cli.admin import Admin, as_json, asks, at, fields, listed, report
 def fairness(admin: Admin, model: str | None, *, as_json: bool) -> None:
     """Show how models are shared; for one MODEL also who waits and who has had how much.
 
-    Tokens are weighted: one of a prompt counts 1, one of an answer 2, unless the settings say otherwise. COUNTER is
-    what a tenant has had by its weight: the lowest is served next. `forebay policies get fairness` shows the rules.
+    Tokens are weighted: one of a prompt counts 1, one of an answer 2, unless the settings say otherwise. SERVED is
+    what a tenant has had in all. COUNTER is that by its weight, lifted when it was away for a while: the lowest is
+    served next. CREDIT is by how much it may begin behind the others when it comes back. PREEMPTED, MOVED, DRAINED and
+    RECOVERED count answers that went on later or elsewhere; WASTED are the tokens that were computed again for it, and
+    while WASTE LEFT is not above 0, nothing is preempted. `forebay policies get fairness` shows the rules.
 
     \b
     Examples:
@@ -68,13 +71,14 @@ def _told(one: dict[str, Any]) -> str:
         {
             "model": one["model"],
             "policy": one["policy"],
+            "decided by": f"gateway {one['holder']}, {one['age_s']:.1f} s ago" if one["holder"] else "this gateway",
             "waiting": one["queued"],
             "slots kept": one["reserved"],
             "preempted": one["preemptions"],
             "moved": f"{one['migrations']} to workers with less to do, {one['drained']} off draining ones",
             "recovered": f"{one['recovered']} after failures, {one['lost_tokens']} tokens computed again",
             "wasted tokens": f"{one['wasted_tokens']}{share}",
-            "may be wasted": f"{one['waste_left']:.0f} more",
+            "may be wasted": f"{one['waste_left']:.0f} tokens more",
         }
     )
     hidden = one["tenants"] - len(one["shares"])

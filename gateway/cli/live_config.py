@@ -1,12 +1,11 @@
 """The verbs of ``forebay config`` that ask a running gateway: overlays over its settings file, and reading it again."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from gateway.cli.admin import Admin, as_json, asks, at, report
-from gateway.cli.overlays import changes_table, in_force, of_overlay, overlay_from, revision_text, revisions_table
+from gateway.cli.overlays import change_from, changes_table, of_revision, revision_text, revisions_table
 from gateway.revisions import Change, Effective, values
 
 
@@ -25,26 +24,23 @@ def revisions(admin: Admin, *, as_json: bool) -> None:
 
 
 @click.command()
-@of_overlay
+@of_revision
 @click.option("--note", default="", help="Why; kept with the revision.")
 @asks
 @as_json
-def apply(admin: Admin, file: Path | None, *, note: str, as_json: bool, **given: tuple[str, ...]) -> None:
+def apply(admin: Admin, *, note: str, as_json: bool, **given: Any) -> None:
     """Lay values over the running gateway's settings file, on every gateway within a second.
 
     Only what the settings mark as overridable; FILE (YAML; - is standard input) is a whole overlay, --set and --unset
-    change single values of the one in force.
+    change single values of the one in force. A FILE replaces the revision that you --expect.
 
     \b
     Example:
       forebay config apply --set log.level=debug --note "looking for a fault"
     """
-
-    def current() -> dict[str, Any]:
-        return in_force(admin, at("config", "revisions"))
-
-    overlay = overlay_from(file, given["assignments"], given["removals"], current)
-    made = admin.value(admin.post(at("config", "revisions"), {"overlay": overlay, "note": note}))
+    path = at("config", "revisions")
+    change = change_from(admin, path, **given)
+    made = admin.value(admin.post(path, {"overlay": change.overlay, "note": note}, if_match=change.if_match))
     report(made, as_json=as_json, text=lambda: revision_text(made))
 
 

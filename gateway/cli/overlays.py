@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 import yaml
@@ -20,6 +20,13 @@ _set = click.option(
     "--set", "assignments", metavar="PATH=VALUE", multiple=True, help="Change one value; may be repeated."
 )
 _unset = click.option("--unset", "removals", metavar="PATH", multiple=True, help="Leave one value to the file again.")
+_expect = click.option(
+    "--expect",
+    type=click.IntRange(min=0),
+    metavar="NUMBER",
+    help="Change nothing unless this revision is in force; 0: none.",
+)
+_force = click.option("--force", is_flag=True, help="Replace whatever is in force.")
 
 
 def of_overlay(command: F) -> F:
@@ -27,12 +34,51 @@ def of_overlay(command: F) -> F:
     return _file(_set(_unset(command)))
 
 
+def of_revision(command: F) -> F:
+    """Give a verb what says an overlay, and which revision it replaces."""
+    return of_overlay(_expect(_force(command)))
+
+
+class Change(NamedTuple):
+    """An overlay to be put in force, and the state that it was made from, for ``If-Match``."""
+
+    overlay: dict[str, Any]
+    if_match: str
+
+
+def change_from(
+    admin: Admin,
+    revisions: str,
+    *,
+    file: Path | None,
+    assignments: Sequence[str],
+    removals: Sequence[str],
+    expect: int | None,
+    force: bool,
+) -> Change:
+    """Return the change that is asked for, of the resource whose revisions are at this path.
+
+    Options change the overlay in force and so replace that one. A FILE was made without a look at it: what it would
+    replace has to be named, unless there is nothing.
+    """
+    if force and expect is not None:
+        raise click.UsageError("Give either --expect or --force.")
+    _check_given(file, assignments, removals)
+    number, current = in_force(admin, revisions)
+    if file is not None and number and expect is None and not force:
+        raise Fault(
+            f"revision {number} is in force, and FILE would replace all of it. Look at it, then give "
+            f"--expect {number}; --force replaces whatever is in force"
+        )
+    overlay = overlay_from(file, assignments, removals, lambda: current)
+    return Change(overlay, "*" if force else f'"{number if expect is None else expect}"')
+
+
 def overlay_from(
     file: Path | None, assignments: Sequence[str], removals: Sequence[str], current: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the overlay that is asked for; ``current`` is asked for the one in force if there is no file."""
-    if file is None and not assignments and not removals:
-        raise click.UsageError("Say what to change: a FILE with the whole overlay, --set PATH=VALUE, or --unset PATH.")
+    _check_given(file, assignments, removals)
     overlay = dict(current()) if file is None else _read(file)
     for assignment in assignments:
         path, sign, text = assignment.partition("=")
@@ -46,11 +92,16 @@ def overlay_from(
     return overlay
 
 
-def in_force(admin: Admin, revisions: str) -> dict[str, Any]:
-    """Return the overlay in force of the resource whose revisions are at this path; empty if there is none."""
+def _check_given(file: Path | None, assignments: Sequence[str], removals: Sequence[str]) -> None:
+    if file is None and not assignments and not removals:
+        raise click.UsageError("Say what to change: a FILE with the whole overlay, --set PATH=VALUE, or --unset PATH.")
+
+
+def in_force(admin: Admin, revisions: str) -> tuple[int, dict[str, Any]]:
+    """Return number and overlay in force of the resource whose revisions are at this path; 0 if there is none."""
     newest = admin.items(revisions, most=100)
     held = next((one for one in newest if one["state"] in {"applied", "canary"}), None)
-    return held["overlay"] if held else {}
+    return (held["number"], held["overlay"]) if held else (0, {})
 
 
 def revisions_table(found: list[dict[str, Any]]) -> str:

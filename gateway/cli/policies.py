@@ -7,10 +7,12 @@ import click
 
 from gateway.cli.admin import Admin, as_json, asks, at, duration, report
 from gateway.cli.overlays import (
+    change_from,
     changes_table,
     faults_table,
     in_force,
     of_overlay,
+    of_revision,
     overlay_from,
     revision_text,
     revisions_table,
@@ -43,7 +45,7 @@ def _at(kind: str, verb: str = "") -> str:
 
 def _overlay(admin: Admin, kind: str, file: Path | None, given: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     def current() -> dict[str, Any]:
-        return in_force(admin, at("policies", kind, "revisions"))
+        return in_force(admin, at("policies", kind, "revisions"))[1]
 
     return overlay_from(file, given["assignments"], given["removals"], current)
 
@@ -121,14 +123,12 @@ def diff(admin: Admin, kind: str, file: Path | None, *, as_json: bool, **given: 
 
 @policies.command()
 @_kind
-@of_overlay
+@of_revision
 @_note
 @click.option("--for", "lasts", default="10m", show_default=True, help="How long, unless it is kept.")
 @asks
 @as_json
-def canary(
-    admin: Admin, kind: str, file: Path | None, *, note: str, lasts: str, as_json: bool, **given: tuple[str, ...]
-) -> None:
+def canary(admin: Admin, kind: str, *, note: str, lasts: str, as_json: bool, **given: Any) -> None:
     """Put an overlay in force for a time: what held before comes back by itself, unless `policies keep` is called.
 
     \b
@@ -139,27 +139,32 @@ def canary(
         lasts_s = duration(lasts)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--for") from error
-    body = {"overlay": _overlay(admin, kind, file, given), "lasts_s": lasts_s, "note": note}
-    made = admin.value(admin.post(_at(kind, "canary"), body))
+    change = change_from(admin, at("policies", kind, "revisions"), **given)
+    body = {"overlay": change.overlay, "lasts_s": lasts_s, "note": note}
+    made = admin.value(admin.post(_at(kind, "canary"), body, if_match=change.if_match))
     text = f"keep it with: forebay policies keep {kind}"
     report(made, as_json=as_json, text=lambda: f"{revision_text(made)}\n\n{text}")
 
 
 @policies.command()
 @_kind
-@of_overlay
+@of_revision
 @_note
 @asks
 @as_json
-def apply(admin: Admin, kind: str, file: Path | None, *, note: str, as_json: bool, **given: tuple[str, ...]) -> None:
+def apply(admin: Admin, kind: str, *, note: str, as_json: bool, **given: Any) -> None:
     """Put an overlay in force for good, on every gateway within a second.
 
+    It replaces the one in force: the one that --set and --unset change, or, for a FILE, the one that you --expect.
+
     \b
-    Example:
-      forebay policies apply fairness overlay.yaml --note "more retries"
+    Examples:
+      forebay policies apply fairness --set retry.attempts=4 --note "more retries"
+      forebay policies apply fairness overlay.yaml --expect 3
     """
-    body = {"overlay": _overlay(admin, kind, file, given), "note": note}
-    made = admin.value(admin.post(_at(kind, "apply"), body))
+    change = change_from(admin, at("policies", kind, "revisions"), **given)
+    body = {"overlay": change.overlay, "note": note}
+    made = admin.value(admin.post(_at(kind, "apply"), body, if_match=change.if_match))
     report(made, as_json=as_json, text=lambda: revision_text(made))
 
 

@@ -61,19 +61,47 @@ class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 @click.command()
 @click.option(
     "--trace", "source", default=GENERATED, show_default=True, metavar="FILE",
-    help="A trace of Azure, BurstGPT, Mooncake or t_s/tenant lines; burstgpt-like makes one up.",
+    help="The requests: a trace as Azure, BurstGPT or Mooncake publish them, or JSON lines with t_s and tenant; "
+    "burstgpt-like makes one up.",
 )  # fmt: skip
 @click.option("--requests", type=click.IntRange(1), help="Only the first N requests.  [default: all; 2000 made up]")
-@click.option("--speed", type=click.FloatRange(0.001), default=1.0, show_default=True, help="So much denser in time.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Of what is drawn: tenants, the made-up trace.")
-@click.option("--fleet", "fleet_file", type=click.Path(path_type=Path, dir_okay=False), help="A fleet in YAML.")
-@click.option("--workers", type=click.IntRange(1, MAX_WORKERS), default=1, show_default=True, help="Without --fleet.")
-@click.option("--slots", type=click.IntRange(1), default=Engine().slots, show_default=True, help="Without --fleet.")
+@click.option(
+    "--speed", type=click.FloatRange(0.001), default=1.0, show_default=True, help="Replay it so many times as fast."
+)
+@click.option(
+    "--seed", type=int, default=1, show_default=True, help="Another one draws other tenants and another made-up trace."
+)
+@click.option(
+    "--fleet",
+    "fleet_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Workers, their step times and outages, in YAML; see the guide.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, MAX_WORKERS),
+    default=1,
+    show_default=True,
+    help="Workers of one kind, without --fleet.",
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(1),
+    default=Engine().slots,
+    show_default=True,
+    help="Requests at a time on each, without --fleet.",
+)
 @click.option(
     "--policy", "policies", multiple=True, type=click.Choice(get_args(Policy)), default=("fcfs", "vtc", "vtc-pc"),
-    show_default=True, help="May be given several times.",
+    show_default=True, help="One to compare; may be given several times.",
 )  # fmt: skip
-@click.option("--stride", type=click.IntRange(1), default=1, show_default=True, help="Engine steps taken at once.")
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Engine steps taken at once: a larger one is faster and coarser.",
+)
 @click.option("--html", "html_file", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with charts.")
 @click.option(
     "--png", "png_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw the charts (matplotlib)."
@@ -86,11 +114,14 @@ def simulate(
     """Replay a trace of requests over a described fleet, and compare policies.
 
     The scheduler is the gateway's own; the engines are modelled, so that what comes out is as good as the step times
-    that are given for them. Nothing is started, nothing is asked.
+    that are given for them. Nothing is started, nothing is asked. Policies differ where requests have to wait: see
+    that the fleet is too small for the trace at times. The guide docs/operate/simulate.md has the formats of traces and
+    fleets, and what the columns mean.
 
     \b
-    Example:
+    Examples:
       forebay simulate --workers 4 --policy fcfs --policy vtc-pc --html result.html
+      forebay simulate --trace azure.csv --speed 8 --fleet fleet.yaml
     """
     trace = load_trace(source, requests, seed).faster(speed)
     described = read_fleet(fleet_file) if fleet_file else FleetFile(workers=[Group(count=workers, slots=slots)])

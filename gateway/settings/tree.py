@@ -245,7 +245,11 @@ class LifecycleSettings(_Section):
 
 
 class WorkerSettings(_Section):
-    """One engine: ``launch`` (started and stopped by us) or ``url`` (attached, never killed), ``replicas`` times."""
+    """One engine: ``launch`` (started and stopped by us) or ``url`` (attached, never killed), ``replicas`` times.
+
+    ``probe_continuation``: of an engine ``openai``, try at its start whether it can go on with an answer by its text;
+    then its answers can be cut and moved. Costs it up to ten short answers, and each later leg its prompt again.
+    """
 
     engine: Literal["llamacpp", "vllm", "openai"]
     launch: LaunchSettings | None = None
@@ -254,6 +258,7 @@ class WorkerSettings(_Section):
     served_name: str | None = None
     max_inflight: int | None = Field(default=None, ge=1)
     replicas: int = Field(default=1, ge=1)
+    probe_continuation: bool = True
     lifecycle: LifecycleSettings = LifecycleSettings()
 
     @model_validator(mode="after")

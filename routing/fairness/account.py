@@ -1,11 +1,14 @@
 """What one tenant has had of one model, and the requests that it is charged for."""
 
+from collections.abc import Callable
 from enum import Enum
 
 from core.ids import RequestId, TenantId
 from routing.fairness.programs import Ladder, Programs
 
 MILLI = 1000
+UNBOUNDED = 2**62
+"""Above every counter."""
 
 
 class Place(Enum):
@@ -24,10 +27,21 @@ class Account:
 
     ``counter``: milli weighted tokens, divided by the weight; what tenants are compared by. ``attained``: milli
     weighted tokens, plain. ``virtual``: the model's virtual time when the tenant last came; None before. ``weight``:
-    in thousandths.
+    in thousandths. ``on_rise`` is called when the counter has come to the ``ceiling``.
     """
 
-    __slots__ = ("attained", "counter", "num_running", "num_waiting", "programs", "tenant", "virtual", "weight")
+    __slots__ = (
+        "attained",
+        "ceiling",
+        "counter",
+        "num_running",
+        "num_waiting",
+        "on_rise",
+        "programs",
+        "tenant",
+        "virtual",
+        "weight",
+    )
 
     def __init__(self, tenant: TenantId, ladder: Ladder, *, is_flat: bool) -> None:
         self.tenant = tenant
@@ -37,17 +51,32 @@ class Account:
         self.virtual: int | None = None
         self.num_waiting = 0
         self.num_running = 0
+        self.ceiling = UNBOUNDED
+        self.on_rise: Callable[[Account], None] = _ignore
         self.programs: Programs[Request] = Programs(ladder, is_flat=is_flat)
 
     def charge(self, amount: int) -> None:
         """Add what was served, in milli weighted tokens; less than 0 if too much was charged before."""
         self.attained += amount
         self.counter += amount * MILLI // self.weight
+        if self.counter >= self.ceiling:
+            self.on_rise(self)
+
+    def lift(self, counter: int) -> None:
+        """Bring the counter up to this; never down."""
+        if counter > self.counter:
+            self.counter = counter
+            if counter >= self.ceiling:
+                self.on_rise(self)
 
     @property
     def is_backlogged(self) -> bool:
         """Whether its queue is not empty; what runs, or is about to, does not count."""
         return bool(self.programs)
+
+
+def _ignore(account: Account) -> None:
+    """Nobody orders the tenant by its counter now."""
 
 
 class Request:

@@ -27,7 +27,7 @@ class VtcPc(Vtc):
     def lift(self, account: Account, rank: int) -> None:
         """As in ``Vtc``, less the tenant's credit."""
         virtual = self.base()
-        account.counter = max(account.counter, virtual - allowance(account, virtual, self.fairness))
+        account.lift(virtual - allowance(account, virtual, self.fairness))
         account.virtual = virtual
 
     def base(self) -> int:

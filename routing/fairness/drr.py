@@ -19,7 +19,7 @@ class Drr(Vtc):
 
     def lift(self, account: Account, rank: int) -> None:
         """A tenant that was away begins with the round that runs: what was left of earlier ones is forfeit."""
-        account.counter = max(account.counter, self.base() // self._round * self._round)
+        account.lift(self.base() // self._round * self._round)
 
     @property
     def _round(self) -> int:

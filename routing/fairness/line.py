@@ -56,6 +56,11 @@ class Line:
         return len(self._claiming)
 
     @property
+    def num_had_turn(self) -> int:
+        """How many requests have had their turn and wait for a slot alone."""
+        return len(self._claiming) + len(self._returned)
+
+    @property
     def fairness(self) -> Fairness:
         """The policy. What waits already is ordered anew when it is replaced; counters stay."""
         return self._fairness
@@ -101,6 +106,10 @@ class Line:
         """A request has come; it starts or waits next."""
         self.turns.arrive(request.account, request.rank)
         self.turns.rebase(self.accounts.values())
+        request.account.programs.open(request.program, request.arrived_at)
+
+    def rejoin(self, request: Request) -> None:
+        """A request is here that has come before, to another scheduler: its tenant had its lift then."""
         request.account.programs.open(request.program, request.arrived_at)
 
     def depart(self, request: Request, service: int, now: float) -> None:

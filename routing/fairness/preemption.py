@@ -5,15 +5,12 @@ those the one is cut whose tenant is furthest ahead, less half that cost and Î±Â
 penalty and not a limit, because a limit could leave nobody to cut, and then nothing would bound the difference.
 """
 
-from collections.abc import Mapping
-from heapq import nlargest
 from itertools import islice
-from operator import attrgetter
 from typing import Protocol, TypeVar
 
-from core.ids import LegId
 from routing.fairness.account import MILLI, Account
 from routing.fairness.policy import Fairness
+from routing.fairness.running import Running
 
 PER_DECISION = 2
 """Legs that one decision may cut; the next comes ``interval`` later."""
@@ -43,26 +40,20 @@ class Cuttable(Protocol):
 Leg = TypeVar("Leg", bound=Cuttable)
 
 
-def choose_victim(
-    claimant: Account, running: Mapping[Account, dict[LegId, Leg]], fairness: Fairness
-) -> tuple[Leg, int] | None:
+def choose_victim(claimant: Account, running: Running[Leg], fairness: Fairness) -> tuple[Leg, int] | None:
     """Return the leg to cut for the claimant and what that costs in tokens; None if none is worth it.
 
-    ``running``: the legs of each tenant, in the order of their start. Costs O(tenants that run), and a bounded number
-    of legs of those ahead, newest first.
+    Costs a look at a bounded number of legs, newest first, of the few tenants that are furthest ahead.
     """
     least = claimant.counter + fairness.threshold * MILLI
-    ahead = nlargest(
-        _TENANTS_LOOKED_AT, [account for account in running if account.counter > least], key=attrgetter("counter")
-    )
     best: tuple[Leg, int] | None = None
     best_score = 0.0
     price = fairness.prompt_price * MILLI
-    for account in ahead:
+    for account in running.furthest(least, _TENANTS_LOOKED_AT):
         counter = account.counter
         if best is not None and counter <= best_score:
             break  # no leg of this tenant or of those behind it can score higher
-        for leg in islice(reversed(running[account].values()), _LOOKED_AT):
+        for leg in islice(reversed(running.of(account).values()), _LOOKED_AT):
             if not leg.is_eligible(fairness.quantum):
                 continue
             tokens = leg.resume_tokens()

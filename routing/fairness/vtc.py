@@ -58,7 +58,7 @@ class Vtc:
 
     def lift(self, account: Account, rank: int) -> None:
         """Take from a tenant that was away what it did not use meanwhile. Never lowers a counter."""
-        account.counter = max(account.counter, self.base())
+        account.lift(self.base())
 
     def base(self) -> int:
         """Return the counter that a returning tenant is measured by, which is virtual time."""

@@ -33,6 +33,10 @@ class Waste:
         self.wasted += tokens
         self._level -= tokens * _MILLI
 
+    def recall(self, left: float, fairness: Fairness) -> None:
+        """Go on with so many tokens that may be wasted."""
+        self._level = min(fairness.waste_burst * _MILLI, round(left * _MILLI))
+
     def has_budget(self, fairness: Fairness) -> bool:
         """Whether a leg may be cut by choice."""
         return self._level > 0 and self.held * _MILLI <= max(self._level, fairness.waste_burst * _MILLI)

@@ -9,8 +9,8 @@
 | ``alone`` | this gateway for its own requests, with its part of every worker's slots |
 
 Whatever the role, legs run and requests stand where they stood: ``Standings`` is kept here, a scheduler is made anew
-and told of it each time a role begins that needs one. So what a take-over loses is the scheduler's memory, no request:
-what tenants were served before counts no more, and breakers are closed.
+and told of it each time a role begins that needs one, with what the last one was heard to know. So what a take-over
+loses is no request, and of what tenants were served only what came after the last beat that was heard.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -19,8 +19,9 @@ from typing import Literal
 import msgspec
 
 from core.ids import LegId, ModelName, RequestId, WorkerId
-from routing.replicas.messages import Effects, Events, Message, ReplicaId, Summons
+from routing.replicas.messages import Effects, Events, Handover, Learned, Message, ReplicaId, Summons
 from routing.replicas.names import from_replica, request_of, to_replica
+from routing.replicas.spreading import Spreading
 from routing.replicas.standing import Standings
 from routing.scheduler import (
     Abort,
@@ -28,7 +29,9 @@ from routing.scheduler import (
     Cancel,
     Effect,
     Event,
+    FairnessView,
     LegEnded,
+    Memory,
     Reject,
     Scheduler,
     Start,
@@ -42,11 +45,8 @@ from routing.scheduler.decisions import Decision
 
 Role = Literal["seeking", "following", "collecting", "leading", "alone"]
 
-COLLECT_S = 0.7
-"""How long a new holder waits for gateways that live and do not tell what they run."""
-
-FORGOTTEN_S = 2.0
-"""The same where Redis has forgotten who held the lease: all of them live, and have to find it again first."""
+MOST_TENANTS = 256
+"""Of how many tenants a holder tells the others what they have had: those that it would be most wrong to forget."""
 
 MAX_UNSENT = 16_384
 """Events or effects that wait to be sent to one gateway; with more of them a session is begun anew."""
@@ -95,12 +95,14 @@ class Desk:
         self._letters: list[tuple[ReplicaId, Message]] = []
         # Deciding: for all or alone.
         self._scheduler: Scheduler | None = None
+        self._memory: Memory | None = None  # what a scheduler knew that decides no more, or decides elsewhere
+        self._memory_at = 0.0
         self._share = 1.0
         # Holding the lease.
         self._valid_until = 0.0
         self._links: dict[ReplicaId, _Link] = {}
         self._expected: set[ReplicaId] = set()
-        self._collect_until = 0.0
+        self._spreading = Spreading()
         # Following.
         self._session = 0
         self._said = 0
@@ -122,16 +124,12 @@ class Desk:
         self._mine.note(event)
         if self.role == "following":
             self._tell(event)
-        elif self.role == "collecting" and event.now >= self._collect_until:
-            return cut + self._begin(event.now)
         elif self._scheduler is not None:
             return cut + self._decide(self.replica, event, event.now)
         return cut
 
     def next_wakeup(self) -> float | None:
         """Return when a ``Tick`` is wanted at the latest."""
-        if self.role == "collecting":
-            return self._collect_until
         return self._scheduler.next_wakeup() if self._scheduler is not None else None
 
     def knows(self, request: RequestId) -> bool:
@@ -168,6 +166,16 @@ class Desk:
             for decision in self._scheduler.explain(RequestId(prefix + request))
         )
 
+    def fairness_view(self, now: float) -> FairnessView | None:
+        """Return how the model is shared, as known here: now, or as last heard; None if nothing was heard yet."""
+        if self._scheduler is not None:
+            view, at = self._scheduler.fairness_view(self.model), now
+        elif self._memory is not None:
+            view, at = self._memory.view, self._memory_at
+        else:
+            return None
+        return msgspec.structs.replace(view, holder=self.holder, age=now - at)
+
     @property
     def scheduler(self) -> Scheduler | None:
         """What decides here, if anything does."""
@@ -180,44 +188,56 @@ class Desk:
 
     # Roles
 
-    def lead(
-        self,
-        epoch: int,
-        valid_until: float,
-        others: Collection[ReplicaId],
-        now: float,
-        *,
-        last: str = "",
-        collect_s: float = COLLECT_S,
-    ) -> list[Effect]:
-        """The lease is ours: begin to decide when all ``others`` have told what they run, or have had their time.
+    def lead(self, epoch: int, valid_until: float, living: Collection[ReplicaId], now: float) -> list[Effect]:
+        """The lease is ours: begin to decide when every other gateway has told what it runs, or lives no more.
 
-        ``last``, who held it before, is not waited for: it lives no more, or it would hold it still. The others are,
-        for ``collect_s``. Of a lease that was ours already only the time is taken.
+        Of a lease that was ours already the time is taken, and, until it is begun, who lives now.
         """
+        if now >= valid_until:
+            self._rest(now)
+            return []
         self._valid_until = valid_until
-        if self.role in {"collecting", "leading"} and epoch == self.epoch:
-            return self._begin_if_told(now)
-        self._rest()
-        self.role, self.holder, self.epoch = "collecting", self.replica, epoch
-        self._expected = set(others) - {self.replica, ReplicaId(last)}
-        self._collect_until = now + collect_s
-        self._letters += [(other, Summons(self.model, epoch)) for other in others if other != self.replica]
+        if self.role not in {"collecting", "leading"} or epoch != self.epoch:
+            self._rest(now)
+            self.role, self.holder, self.epoch = "collecting", self.replica, epoch
+        if self.role == "leading":
+            return []
+        untold = set(living) - self._links.keys() - {self.replica}
+        for replica in sorted(untold - self._expected):
+            self._summon(replica, 0)
+        self._expected = untold
         return self._begin_if_told(now)
 
     def follow(self, holder: ReplicaId, epoch: int, now: float) -> None:
         """Another gateway holds the lease: tell it what there is, and do as it says."""
         if self.role == "following" and (holder, epoch) == (self.holder, self.epoch):
             return
-        self._rest()
+        self._rest(now)
         self.role, self.holder, self.epoch = "following", holder, epoch
         self._begin_session(now)
+
+    def successor(self, now: float) -> ReplicaId | None:
+        """Return who should have the lease instead of this gateway; None if nobody should, or it is not ours."""
+        if self.role != "leading":
+            return None
+        followers = [replica for replica, link in self._links.items() if link.views]  # they have the model's workers
+        return self._spreading.successor(self.model, self.replica, followers, now)
+
+    def give_up(self, now: float) -> None:
+        """The lease is about to be another's: decide no more."""
+        self._rest(now)
+
+    def announce(self, successor: ReplicaId) -> None:
+        """Let the successor know that it has the lease, and what was known up to the end."""
+        if self._memory is not None:
+            self._letters.append((successor, Learned(self.model, self.epoch, self._memory)))
+        self._letters.append((successor, Handover(self.model)))
 
     def stand_alone(self, num_replicas: int, now: float) -> list[Effect]:
         """Nobody can be reached: decide for what is here, with a share of the slots, as ``num_replicas`` do."""
         if self.role == "alone":
             return []
-        self._rest()
+        self._rest(now)
         self.role, self.holder, self._share = "alone", self.replica, 1 / max(1, num_replicas)
         return self._begin(now)
 
@@ -240,14 +260,18 @@ class Desk:
         self._mind_lease(now)
         match message:
             case Summons():
-                if message.epoch >= self.epoch and sender != self.replica:
-                    self.role = "seeking"  # also if it is followed already: it has missed something
-                    self.follow(sender, message.epoch, now)
+                self._on_summons(sender, message, now)
                 return []
             case Effects():
                 return self._on_effects(sender, message, now)
+            case Learned():
+                if self.role == "following" and (sender, message.epoch) == (self.holder, self.epoch):
+                    self._memory, self._memory_at = message.memory, now
+                return []
             case Events():
                 return self._on_events(sender, message, now)
+            case Handover():
+                return []  # leases are looked at by whoever owns the desk
 
     def beat(self) -> None:
         """Say something to everyone, lest what was lost last stay unnoticed."""
@@ -255,8 +279,10 @@ class Desk:
             self._say_events()
         elif self.role == "leading" and self._scheduler is not None:
             running = {worker: self._scheduler.num_running(worker) for worker in self._views}
+            learned = Learned(self.model, self.epoch, self._scheduler.memory(self.model, MOST_TENANTS))
             for replica, link in self._links.items():
                 self._say_effects(replica, link, running)
+                self._letters.append((replica, learned))
 
     def take_letters(self) -> list[tuple[ReplicaId, Message]]:
         """Return what has to be sent, and to whom; it counts as sent."""
@@ -272,14 +298,17 @@ class Desk:
 
     def _mind_lease(self, now: float) -> None:
         if self.role in {"collecting", "leading"} and now >= self._valid_until:
-            self._rest()
+            self._rest(now)
 
-    def _rest(self) -> None:
+    def _rest(self, now: float) -> None:
         """Decide nothing, ask nobody."""
         self.role = "seeking"
         self.holder = ReplicaId("")
         self._share = 1.0
+        if self._scheduler is not None:
+            self._memory, self._memory_at = self._scheduler.memory(self.model, MOST_TENANTS), now
         self._scheduler = None
+        self._expected.clear()
         self._links.clear()
         self._letters.clear()
         self._unsent.clear()
@@ -291,7 +320,7 @@ class Desk:
             self.num_refused += 1
             return []
         if message.epoch < self.epoch:
-            self._summon(sender)
+            self._summon(sender, 0)
             return []
         link = self._links.get(sender)
         if message.number == 0:
@@ -299,19 +328,19 @@ class Desk:
                 return []
             return self._on_session(sender, message, link, now)
         if link is None:
-            self._summon(sender)
+            self._summon(sender, message.session)
             return []
         if message.session < link.session:
             return []
         if link.is_broken or (message.session, message.number) != (link.session, link.heard + 1):
             link.is_broken = True
-            self._summon(sender)  # each time: a summons may be lost too
+            self._summon(sender, message.session)  # each time: a summons may be lost too
             return []
         link.heard = message.number
         if self.role == "collecting":
             link.told += message.events
             return []
-        return [effect for event in message.events for effect in self._decide(sender, event, now)]
+        return self._decide_all([(sender, event) for event in message.events], now)
 
     def _on_session(self, sender: ReplicaId, message: Events, before: _Link | None, now: float) -> list[Effect]:
         link = self._links[sender] = _Link(message.session)
@@ -320,10 +349,16 @@ class Desk:
             self._expected.discard(sender)
             return self._begin_if_told(now)
         running, waiting, rest = _sorted((sender, event) for event in message.events)
-        told = {event.submit.request for event in message.events if isinstance(event, Adopt)}
-        gone = {id: leg for id, leg in before.requests.items() if id not in told} if before is not None else {}
-        cancels, ends = _ends_of(sender, gone, now)
-        # Slots come free last: what waits has been told anew by then, and is started once.
+        known = dict(before.requests) if before is not None else {}
+        for _, event in running:
+            if isinstance(event, Adopt):
+                known.pop(event.submit.request, None)
+        # What was known is forgotten before any of it is told anew: else a slot that comes free meanwhile is given to a
+        # request that is then told to wait, and its gateway starts it all the same. Slots whose requests are not told
+        # again come free last: those that wait have their turn by then.
+        told = {event.submit.request for _, event in waiting if isinstance(event, Adopt)}
+        cancels, _ = _ends_of(sender, known, now)
+        _, ends = _ends_of(sender, {id: leg for id, leg in known.items() if id not in told}, now)
         return self._decide_all(running + cancels + waiting + ends + rest, now)
 
     def _begin_if_told(self, now: float) -> list[Effect]:
@@ -337,18 +372,19 @@ class Desk:
         if self.role == "collecting":
             self.role = "leading"
         self._scheduler = self._make()
-        told: list[tuple[ReplicaId, Event]] = [
-            (self.replica, Worker(view=view, now=now)) for view in self._views.values()
-        ]
-        told += [(self.replica, event) for event in self._mine.retell(now)]
+        effects = self._decide_all([(self.replica, Worker(view=view, now=now)) for view in self._views.values()], now)
+        if self._memory is not None:
+            self._scheduler.recall(self._memory, now)
+        told: list[tuple[ReplicaId, Event]] = [(self.replica, event) for event in self._mine.retell(now)]
         for replica, link in self._links.items():
             told += [(replica, event) for event in link.told]
             link.told = []
         running, waiting, rest = _sorted(told)
-        return self._decide_all(running + waiting + rest, now)
+        return effects + self._decide_all(running + waiting + rest, now)
 
     def _decide_all(self, events: Iterable[tuple[ReplicaId, Event]], now: float) -> list[Effect]:
-        return [effect for replica, event in events for effect in self._decide(replica, event, now)]
+        effects = [effect for replica, event in events for effect in self._decide(replica, event, now)]
+        return effects + self._decide(self.replica, Tick(now=now), now)  # those that were adopted take turns now
 
     def _decide(self, replica: ReplicaId, event: Event, now: float) -> list[Effect]:
         """Feed the scheduler a gateway's event; keep what others have to do, and return what is to be done here."""
@@ -381,7 +417,7 @@ class Desk:
             if len(link.unsent) > MAX_UNSENT:
                 link.unsent.clear()
                 link.is_broken = True
-                self._summon(replica)
+                self._summon(replica, link.session)
         return here
 
     def _keep(self, replica: ReplicaId, link: _Link, event: Event) -> None:
@@ -413,8 +449,8 @@ class Desk:
             view = msgspec.structs.replace(view, max_inflight=max(1, int(view.max_inflight * self._share)))
         return view
 
-    def _summon(self, replica: ReplicaId) -> None:
-        summons = (replica, Summons(self.model, self.epoch))
+    def _summon(self, replica: ReplicaId, session: int) -> None:
+        summons = (replica, Summons(self.model, self.epoch, session))
         if summons not in self._letters:
             self._letters.append(summons)
 
@@ -425,6 +461,15 @@ class Desk:
         self._letters.append((replica, said))
 
     # Following
+
+    def _on_summons(self, sender: ReplicaId, message: Summons, now: float) -> None:
+        if message.epoch < self.epoch or sender == self.replica:
+            return
+        is_followed = self.role == "following" and (sender, message.epoch) == (self.holder, self.epoch)
+        if is_followed and message.session < self._session:
+            return  # a later session is on its way
+        self.role = "seeking"
+        self.follow(sender, message.epoch, now)
 
     def _on_effects(self, sender: ReplicaId, message: Effects, now: float) -> list[Effect]:
         fence = (sender, message.epoch, message.session)

@@ -4,13 +4,14 @@ A model is shared if every gateway reaches all its workers. What one gateway has
 use: such models are decided by a scheduler of its own, as if there were no other gateway.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 
 from core.ids import ModelName, RequestId, WorkerId
-from routing.replicas.desk import FORGOTTEN_S, Desk, Status
-from routing.replicas.messages import Message, ReplicaId
+from routing.replicas.desk import Desk, Status
+from routing.replicas.messages import Events, Message, ReplicaId, Summons
 from routing.replicas.names import request_of
 from routing.scheduler import (
     Adopt,
@@ -26,7 +27,8 @@ from routing.scheduler import (
     Tick,
     Worker,
 )
-from routing.scheduler.decisions import Decision, FairnessView
+from routing.scheduler.decisions import Decision
+from routing.scheduler.views import FairnessView
 
 
 class _Chain(msgspec.Struct):
@@ -60,6 +62,7 @@ class Desks:
         self._desk_of: dict[RequestId, Desk] = {}
         self._model_of: dict[WorkerId, ModelName] = {}
         self._chains: dict[RequestId, _Chain] = {}
+        self._letters: list[tuple[ReplicaId, Message]] = []
 
     def on(self, event: Event) -> list[Effect]:
         """Take one event and return what has to be done now."""
@@ -116,13 +119,17 @@ class Desks:
         decided = [self._local.explain(request), *(desk.explain(request) for desk in self._desks.values())]
         return tuple(sorted((one for some in decided for one in some), key=lambda one: one.at))
 
-    def fairness_view(self, model: ModelName) -> FairnessView:
-        """Return how the model is shared, as far as it is decided here."""
-        return self._deciding(model).fairness_view(model)
+    def fairness_view(self, model: ModelName, now: float) -> FairnessView:
+        """Return how the model is shared: as it is here, or as the gateway that decides has told last."""
+        desk = self._desks.get(model)
+        view = desk.fairness_view(now) if desk is not None else None
+        return view or self._local.fairness_view(model)
 
     def waste_left(self, model: ModelName) -> float | None:
         """Return what of the model may be computed again; None where that is not decided here."""
-        return self._deciding(model).waste_left(model)
+        desk = self._desks.get(model)
+        scheduler = desk.scheduler if desk is not None else self._local
+        return scheduler.waste_left(model) if scheduler is not None else None
 
     def schedulers(self) -> list[Scheduler]:
         """Return all that decide here now, for new settings to be put into."""
@@ -151,23 +158,26 @@ class Desks:
         return {model: desk.epoch for model, desk in self._desks.items() if desk.role in held}
 
     def lead(
-        self,
-        model: ModelName,
-        epoch: int,
-        valid_until: float,
-        others: Iterable[ReplicaId],
-        now: float,
-        *,
-        was_forgotten: bool = False,
+        self, model: ModelName, epoch: int, valid_until: float, living: Collection[ReplicaId], now: float
     ) -> list[Effect]:
-        """The model's lease is held here. ``was_forgotten``: its last holder may not know yet that it is over."""
-        desk = self._desks[model]
-        if was_forgotten:
-            effects = desk.lead(epoch, valid_until, tuple(others), now, collect_s=FORGOTTEN_S)
-        else:
-            last = desk.holder if desk.role == "following" else ReplicaId("")
-            effects = desk.lead(epoch, valid_until, tuple(others), now, last=last)
-        return self._fall_back(effects, now)
+        """The model's lease is held here; ``living`` are the gateways whose word has to be waited for."""
+        return self._fall_back(self._desks[model].lead(epoch, valid_until, living, now), now)
+
+    def to_hand_over(self, now: float) -> tuple[ModelName, int, ReplicaId] | None:
+        """Return a lease that should be given to another gateway now, and to which; None if there is none such."""
+        for model, desk in self._desks.items():
+            successor = desk.successor(now)
+            if successor is not None:
+                return model, desk.epoch, successor
+        return None
+
+    def give_up(self, model: ModelName, now: float) -> None:
+        """The model's lease is about to be another's."""
+        self._desks[model].give_up(now)
+
+    def announce(self, model: ModelName, successor: ReplicaId) -> None:
+        """Let the successor know that the lease is its own now."""
+        self._desks[model].announce(successor)
 
     def follow(self, model: ModelName, holder: ReplicaId, epoch: int, now: float) -> None:
         """The model's lease is held elsewhere."""
@@ -185,7 +195,11 @@ class Desks:
     def receive(self, sender: ReplicaId, message: Message, now: float) -> list[Effect]:
         """Take a message and return what has to be done here."""
         desk = self._desks.get(message.model)
-        return self._fall_back(desk.receive(sender, message, now), now) if desk is not None else []
+        if desk is not None:
+            return self._fall_back(desk.receive(sender, message, now), now)
+        if isinstance(message, Summons):  # it is waited for, and nothing of the model is here
+            self._letters.append((sender, Events(message.model, message.epoch, session=0, number=0)))
+        return []
 
     def beat(self) -> None:
         """Say something to everyone that there is business with."""
@@ -195,9 +209,9 @@ class Desks:
     def take_letters(self) -> dict[ReplicaId, list[Message]]:
         """Return what has to be sent, by receiver; it counts as sent."""
         letters: dict[ReplicaId, list[Message]] = {}
-        for desk in self._desks.values():
-            for receiver, message in desk.take_letters():
-                letters.setdefault(receiver, []).append(message)
+        own, self._letters = self._letters, []
+        for receiver, message in itertools.chain(own, *(desk.take_letters() for desk in self._desks.values())):
+            letters.setdefault(receiver, []).append(message)
         return letters
 
     def _place(self, model: ModelName) -> Desk | Scheduler:
@@ -205,10 +219,6 @@ class Desks:
         if desk is None and self._is_shared(model):
             desk = self._desks[model] = Desk(self.replica, model, self._make)
         return desk or self._local
-
-    def _deciding(self, model: ModelName) -> Scheduler:
-        desk = self._desks.get(model)
-        return (desk.scheduler if desk is not None else None) or self._local
 
     def _desk_behind(self, worker: WorkerId) -> Desk | None:
         model = self._model_of.get(worker)
@@ -267,7 +277,7 @@ class Desks:
         if isinstance(place, Desk):
             self._desk_of[chain.submit.request] = place
         submit = msgspec.structs.replace(chain.submit, models=(model,))
-        return place.on(Adopt(submit=submit, now=now, num_legs=chain.num_legs))
+        return place.on(Adopt(submit=submit, now=now, num_legs=chain.num_legs)) + place.on(Tick(now=now))
 
     def _forget_if_over(self, request: RequestId) -> None:
         desk = self._desk_of.get(request)

@@ -11,7 +11,7 @@ from typing import NewType
 import msgspec
 
 from core.ids import ModelName, WorkerId
-from routing.scheduler import Effect, Event
+from routing.scheduler import Effect, Event, Memory
 
 ReplicaId = NewType("ReplicaId", str)
 """One gateway process, from its start to its end. Holds no ``:``."""
@@ -39,13 +39,28 @@ class Effects(msgspec.Struct, frozen=True, tag="effects"):
 
 
 class Summons(msgspec.Struct, frozen=True, tag="summons"):
-    """From the holder: begin a session with me; I am new, or have missed something."""
+    """From the holder: begin a session after ``session``, which I cannot use; 0 if I know of none."""
 
     model: ModelName
     epoch: int
+    session: int = 0
 
 
-Message = Events | Effects | Summons
+class Learned(msgspec.Struct, frozen=True, tag="learned"):
+    """From the holder, with every beat: what its scheduler knows by now, for whoever comes after it. May be lost."""
+
+    model: ModelName
+    epoch: int
+    memory: Memory
+
+
+class Handover(msgspec.Struct, frozen=True, tag="handover"):
+    """From a holder: the lease is yours now, look."""
+
+    model: ModelName
+
+
+Message = Events | Effects | Summons | Learned | Handover
 
 
 class Envelope(msgspec.Struct, frozen=True):

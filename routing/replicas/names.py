@@ -19,6 +19,7 @@ from routing.scheduler import (
     FirstToken,
     LegEnded,
     Reject,
+    Stalled,
     Start,
     Submit,
     Tick,
@@ -42,7 +43,7 @@ def from_replica(event: Event, replica: ReplicaId, now: float) -> Event:
             submit = replace(event.submit, request=RequestId(f"{replica}:{event.submit.request}"), now=now)
             leg = event.leg and LegId(f"{replica}:{event.leg}")
             return replace(event, submit=submit, leg=leg, now=now)
-        case FirstToken() | Tokens() | LegEnded():
+        case FirstToken() | Tokens() | Stalled() | LegEnded():
             return replace(event, leg=LegId(f"{replica}:{event.leg}"), now=now)
         case Worker() | Tick():
             return replace(event, now=now)

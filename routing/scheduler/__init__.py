@@ -5,7 +5,7 @@ Requests wait here and not in the engines: a worker is never given more than ``m
 worker it will be is decided when one has room, not before. ``DESIGN.md`` above this package tells the rules.
 """
 
-from routing.scheduler.decisions import Decision, FairnessView, TenantView
+from routing.scheduler.decisions import Decision
 from routing.scheduler.effects import Abort, CutFor, Effect, Reject, Start, Why
 from routing.scheduler.events import (
     Adopt,
@@ -14,6 +14,7 @@ from routing.scheduler.events import (
     Event,
     FirstToken,
     LegEnded,
+    Stalled,
     Submit,
     Tick,
     Tokens,
@@ -21,6 +22,8 @@ from routing.scheduler.events import (
     WorkerView,
 )
 from routing.scheduler.machine import BUSY_PAUSE_S, Limits, Scheduler
+from routing.scheduler.memory import Memory
+from routing.scheduler.views import FairnessView, TenantView
 
 __all__ = [
     "BUSY_PAUSE_S",
@@ -36,8 +39,10 @@ __all__ = [
     "FirstToken",
     "LegEnded",
     "Limits",
+    "Memory",
     "Reject",
     "Scheduler",
+    "Stalled",
     "Start",
     "Submit",
     "TenantView",

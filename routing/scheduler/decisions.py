@@ -5,10 +5,9 @@ from typing import Literal
 
 import msgspec
 
-from core.ids import ModelName, RequestId, TenantId, WorkerId
-from routing.fairness.policy import Policy
+from core.ids import RequestId, TenantId, WorkerId
 
-Kind = Literal["started", "preempted", "migrated", "drained", "resumed", "recovered"]
+Kind = Literal["started", "preempted", "unread", "migrated", "drained", "resumed", "recovered"]
 
 REMEMBERED = 4096
 
@@ -43,6 +42,11 @@ class Decision(msgspec.Struct, frozen=True):
                     f"{self.other_tenant} is {self.behind:,} weighted tokens behind, "
                     f"threshold {self.threshold:,} + resume cost {self.cost:,}"
                 )
+            case "unread":
+                return (
+                    f"took the slot of {who} on {self.worker} for {self.other} of tenant {self.other_tenant}: "
+                    "the engine waited for the reader of the answer"
+                )
             case "migrated":
                 return (
                     f"migrated {who} from {self.worker} to {self.target}: it gains {self.seconds:.2f} s there, "
@@ -69,37 +73,3 @@ class Decisions:
     def of(self, request: RequestId) -> tuple[Decision, ...]:
         """Return what was decided about the request, or for it, in order."""
         return tuple(one for one in self._ring if request in (one.request, one.other))
-
-
-class TenantView(msgspec.Struct, frozen=True):
-    """``counter``: weighted tokens by weight, what tenants are compared by. ``credit``: with how many of them less than
-    the others it may come back, were it to come now. ``attained``: weighted tokens served in all."""
-
-    tenant: TenantId
-    counter: float
-    weight: float
-    queued: int
-    running: int
-    attained: float
-    credit: float
-
-
-class FairnessView(msgspec.Struct, frozen=True):
-    """One model's live values. ``waste_left``: tokens that may be computed again by our choice; ``lost``: were, after
-    failures; ``reserved``: slots that are being freed for a request, or kept for one on its way; ``recovered``: legs
-    that went on after a failure."""
-
-    model: ModelName
-    policy: Policy
-    virtual: float
-    tenants: tuple[TenantView, ...]
-    queued: int
-    waste_left: float
-    useful_tokens: int
-    wasted_tokens: int
-    lost_tokens: int
-    reserved: int
-    preemptions: int
-    migrations: int
-    drained: int
-    recovered: int

@@ -14,7 +14,9 @@ Cause = Literal["done", "refused", "busy", "broken", "lost", "unreachable", "tim
 
 class WorkerView(msgspec.Struct, frozen=True):
     """What decisions know of a worker. ``may_return``: not ready now, and something is being done about it.
-    ``is_draining``: it gets no new work, and what can go on elsewhere is moved away as soon as there is room."""
+    ``is_draining``: it gets no new work, and what can go on elsewhere is moved away as soon as there is room.
+    ``kv_tokens``: how many tokens of context its engine's memory holds, of all legs together; None if that is not known
+    or never binds."""
 
     id: WorkerId
     model: ModelName
@@ -24,6 +26,7 @@ class WorkerView(msgspec.Struct, frozen=True):
     max_inflight: int
     incarnation: int = 0
     is_draining: bool = False
+    kv_tokens: int | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -62,11 +65,19 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     now: float
 
 
+class Stalled(msgspec.Struct, frozen=True, tag="stalled"):
+    """The leg's engine has been kept waiting by the reader of the answer, for a while in all. Told once for a leg."""
+
+    leg: LegId
+    now: float
+
+
 class LegEnded(msgspec.Struct, frozen=True, tag="leg_ended"):
     """The leg is over and its slot is free; ``retry_after`` is the engine's own advice, in seconds.
 
     ``can_resume``: another leg can go on where this one ended, so that the client notices nothing. ``prefilled``: as in
-    ``FirstToken``, where the engine tells it only at the end.
+    ``FirstToken``, where the engine tells it only at the end. ``num_tokens``: output tokens that no ``Tokens`` has told
+    of, as of a whole answer that comes in one piece.
     """
 
     leg: LegId
@@ -75,6 +86,7 @@ class LegEnded(msgspec.Struct, frozen=True, tag="leg_ended"):
     retry_after: float | None = None
     can_resume: bool = False
     prefilled: int | None = None
+    num_tokens: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -102,7 +114,8 @@ class Adopt(msgspec.Struct, frozen=True, tag="adopt"):
 
     ``waited``: how much of its wait is over; ``num_legs``: the number of its next leg. With a ``leg`` it holds a slot
     of ``worker``, even of one that is full; ``cut_for``: why that leg has been told to end. ``num_tokens`` have been
-    delivered. What is known of the request already is forgotten first; nothing is charged.
+    delivered. What is known of the request already is forgotten first; nothing is charged. One that waits begins with
+    the next ``Tick`` at the earliest, so that all that is told together takes turns.
     """
 
     submit: Submit
@@ -117,4 +130,4 @@ class Adopt(msgspec.Struct, frozen=True, tag="adopt"):
     num_tokens: int = 0
 
 
-Event = Submit | FirstToken | Tokens | LegEnded | Cancel | Worker | Tick | Adopt
+Event = Submit | FirstToken | Tokens | Stalled | LegEnded | Cancel | Worker | Tick | Adopt

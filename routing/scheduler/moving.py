@@ -35,8 +35,7 @@ def leg_to_drain(model: Model) -> Leg | None:
     """Return a leg of a draining worker that can go on elsewhere; None if there is none. The cheapest to move first."""
     legs = (
         leg
-        for worker in model.workers
-        if worker.view.is_draining
+        for worker in model.draining.values()
         for leg in worker.legs.values()
         if leg.is_movable and not leg.request.is_pinned and not leg.request.is_cancelled
     )

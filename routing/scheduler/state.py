@@ -8,11 +8,16 @@ from routing.fairness.line import Line
 from routing.fairness.policy import Fairness
 from routing.fairness.preemption import PER_WORKER
 from routing.fairness.resume_cost import ResumeCost
+from routing.fairness.running import Running
 from routing.scheduler.effects import CutFor
 from routing.scheduler.events import Submit, WorkerView
 from routing.scheduler.pace import Pace
 
 FOREVER = float("inf")
+
+FULL_AT = 0.75
+"""The share of an engine's memory from which on it is given nothing more: what runs there grows."""
+_LEARNS = 0.1
 
 
 class Request(Waiting):
@@ -22,7 +27,8 @@ class Request(Waiting):
     None before its first start; ``is_settled``: that this is what the engine really did. ``spent``: milli weighted
     tokens in all. ``home``: the worker, and its incarnation, that ran it last and may hold its cache. ``target``: the
     worker that keeps a slot for it. ``cut_for``: why its last leg was cut; None if it failed. ``owed``: tokens that are
-    held in the budget for waste until it goes on.
+    held in the budget for waste until it goes on. ``pays_again``: that its tenant pays for it, since its reader kept an
+    engine waiting.
     """
 
     __slots__ = (
@@ -43,6 +49,7 @@ class Request(Waiting):
         "num_cuts",
         "num_legs",
         "owed",
+        "pays_again",
         "prompt_tokens",
         "queue_timeout",
         "spent",
@@ -76,6 +83,7 @@ class Request(Waiting):
         self.earned = 0
         self.cut_for: CutFor | None = None
         self.owed = 0
+        self.pays_again = False
         self.leg: Leg | None = None
         self.home: tuple[WorkerId, int] | None = None
         self.target: WorkerState | None = None
@@ -103,7 +111,8 @@ class Leg:
     """One run of a request. ``breaker``: of the worker as it was at the start, since a leg's end says nothing of a
     later incarnation. ``ran``: tokens that it has delivered. ``context``: tokens that it began with, of which
     ``resumed`` were of the answer. ``load``: legs on the worker when it started. ``has_begun``: its prompt is done;
-    ``is_told``: the engine has said what it prefilled. ``goes_on_after``: why the leg before it was cut, if it was."""
+    ``is_told``: the engine has said what it prefilled. ``goes_on_after``: why the leg before it was cut, if it was.
+    ``kv_tokens``: what it takes of the engine's memory, beside what others have there anyway."""
 
     __slots__ = (
         "breaker",
@@ -116,6 +125,7 @@ class Leg:
         "is_home",
         "is_told",
         "is_trial",
+        "kv_tokens",
         "load",
         "outstanding",
         "ran",
@@ -137,6 +147,7 @@ class Leg:
         self.is_told = False
         self.is_home = request.home == (worker.view.id, worker.view.incarnation)
         self.context = request.context
+        self.kv_tokens = int(self.context * worker.fresh)
         self.resumed = request.delivered
         self.started_at = now
         self.first_at: float | None = None
@@ -154,6 +165,12 @@ class Leg:
         """Whether it may be cut at all: nobody has done so, and its worker has let go of most that were."""
         return self.cut_for is None and self.worker.num_cutting < PER_WORKER
 
+    def begin(self) -> None:
+        """Its prompt is done."""
+        if not self.has_begun:
+            self.has_begun = True
+            self.deliver(self.context)
+
     def deliver(self, tokens: int) -> None:
         """So many tokens, of the prompt or of the answer, are no longer outstanding."""
         done = min(tokens, self.outstanding)
@@ -162,9 +179,14 @@ class Leg:
 
     def is_eligible(self, quantum: int) -> bool:
         """Whether it may be cut for another tenant: it ran long enough, has more to do, and its slot could be used."""
-        if self.ran < quantum or not self.is_movable or self.request.remaining <= quantum:
-            return False
+        return self.ran >= quantum and self.is_movable and self.request.remaining > quantum and self.has_slot_of_use
+
+    @property
+    def has_slot_of_use(self) -> bool:
+        """Whether another could have its slot once it has ended."""
         worker = self.worker
+        if worker.would_be_full(self.kv_tokens):
+            return False
         return worker.is_usable and worker.num_running <= worker.view.max_inflight and worker.breaker.open_until is None
 
     def resume_tokens(self) -> int:
@@ -174,7 +196,8 @@ class Leg:
 
 class WorkerState:
     """``outstanding``: tokens its legs may still deliver. ``num_cutting``: legs that were cut for another's sake and
-    have not ended. ``num_held``: free slots that are kept for legs on their way here."""
+    have not ended. ``num_held``: free slots that are kept for legs on their way here. ``kv_tokens``: what its
+    legs take of its engine's memory. ``fresh``: the share of a prompt that was not in its cache already, so far."""
 
     def __init__(self, view: WorkerView) -> None:
         self.view = view
@@ -183,6 +206,8 @@ class WorkerState:
         self.num_cutting = 0
         self.num_held = 0
         self.outstanding = 0
+        self.kv_tokens = 0
+        self.fresh = 1.0
         self.legs: dict[LegId, Leg] = {}
         self.resume_cost = ResumeCost()
         self.pace = Pace()
@@ -195,25 +220,46 @@ class WorkerState:
     @property
     def room(self) -> int:
         """How many more legs it may be given; those that slots are kept for come on top."""
-        return self.view.max_inflight - self.num_running - self.num_held if self.is_usable else 0
+        view = self.view
+        if not view.is_ready or view.is_draining or (view.kv_tokens is not None and self.is_full):
+            return 0
+        return view.max_inflight - self.num_running - self.num_held
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its engine's memory has no room for another leg, as far as is known. For one it always has."""
+        return self.num_running > 0 and self.would_be_full(0)
+
+    def would_be_full(self, less: int) -> bool:
+        """Whether it were full with so many tokens less."""
+        most = self.view.kv_tokens
+        return most is not None and self.kv_tokens - less > FULL_AT * most
+
+    def observe_prompt(self, context: int, prefilled: int) -> None:
+        """An engine has computed so many tokens of a prompt of that length."""
+        if context > 0:
+            self.fresh += _LEARNS * (min(1.0, prefilled / context) - self.fresh)
 
 
 class Model:
-    """One model: who waits for it, its workers, those with room, and by account the legs that may be cut."""
+    """One model: who waits for it, its workers, those with room or that drain, by account the legs that may be cut, and
+    those whose engines wait for a reader."""
 
     def __init__(self, name: ModelName, fairness: Fairness) -> None:
         self.name = name
         self.line = Line(fairness)
         self.workers: list[WorkerState] = []
         self.with_room: dict[WorkerId, WorkerState] = {}
-        self.cuttable: dict[Account, dict[LegId, Leg]] = {}
+        self.draining: dict[WorkerId, WorkerState] = {}
+        self.unread: dict[LegId, Leg] = {}
+        self.cuttable: Running[Leg] = Running()
         self.num_held = 0  # requests that a slot is kept for
         self.num_migrated = 0
         self.num_drained = 0
         self.num_recovered = 0
 
     def refresh(self, worker: WorkerState) -> None:
-        """Note whether the worker has room now."""
+        """Note whether the worker, which is the model's, has room now."""
         if worker.room > 0:
             self.with_room[worker.view.id] = worker
         else:

@@ -86,11 +86,6 @@ class ModelledWorker:
         self._steps = 0  # that run now
 
     @property
-    def num_jobs(self) -> int:
-        """Jobs that run or wait here."""
-        return len(self._running) + len(self._waiting)
-
-    @property
     def num_kv_tokens(self) -> int:
         """Tokens in memory: of what runs, and of what is kept for later."""
         return self.cache.num_tokens + self._private

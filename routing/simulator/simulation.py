@@ -153,7 +153,6 @@ class Simulation:
         self._service = Service(terms.weights, terms.look)
         self._worker_of: dict[LegId, int] = {}
         self._jobs: dict[LegId, Job] = {}
-        self._why: dict[LegId, str] = {}
         self._num_done = 0
         self._num_prefilled = 0
         self._num_aborts: dict[str, int] = {}
@@ -379,4 +378,5 @@ class Simulation:
             may_return=True,
             max_inflight=self._fleet.engines[index].slots,
             incarnation=self._incarnations[index],
+            kv_tokens=self._fleet.engines[index].kv_tokens,
         )

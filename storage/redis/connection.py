@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from core.clock import Clock
 _log = structlog.get_logger(__name__)
 
 _PREFIX = "{forebay}:"
+_SCAN_STEP = 1000
 
 
 class RedisAwayError(Exception):
@@ -93,6 +95,23 @@ class RedisConnection:
                 return await self._execute("EVAL", script.text, len(keys), *keys, argument)
 
         return await self._guarded(operation, run)
+
+    async def delete(self, operation: str, pattern: bytes, is_meant: Callable[[bytes], bool]) -> None:
+        """Delete the keys that match a pattern of Redis and are meant. Raises ``RedisAwayError``, maybe half-way.
+
+        Goes through all keys of the server in steps that hold up nobody. Keys that appear meanwhile may stay.
+        """
+        cursor = b"0"
+        while True:
+            cursor, found = await self._guarded(operation, partial(self._scan, cursor, pattern))
+            if names := [name for name in found if is_meant(name)]:
+                await self._guarded(operation, partial(self._execute, "UNLINK", *names))
+            if cursor == b"0":
+                return
+
+    async def _scan(self, cursor: bytes, pattern: bytes) -> tuple[bytes, list[bytes]]:
+        following, names = await self._execute("SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_STEP)
+        return str(int(following)).encode(), names
 
     async def publish(self, messages: Mapping[str, bytes]) -> None:
         """Send each channel's subscribers a message, all in one round trip. Raises ``RedisAwayError``.

@@ -86,6 +86,16 @@ class Leases:
         """
         return await self._ask(names, [_LOOK] * len(names), lasts=True)
 
+    async def hand_over(self, name: str, epoch: int, successor: str) -> bool:
+        """Give a lease to another replica, if it is still ours of that epoch and the other lives; return whether.
+
+        Whoever asks has to act as its holder no more. The other learns of it in its next round. Raises
+        ``RedisAwayError``; then it is not known whose it is.
+        """
+        found = await self._ask([name], [(epoch, successor)], lasts=True)
+        lease = found.leases.get(name)
+        return lease is not None and lease.holder == successor
+
     async def leave(self, epochs: Mapping[str, int]) -> None:
         """Give up leases, each only if it is still ours of that epoch, and leave the living.
 
@@ -93,7 +103,7 @@ class Leases:
         """
         await self._ask(list(epochs), list(epochs.values()), lasts=False)
 
-    async def _ask(self, names: Sequence[str], wishes: Sequence[int], *, lasts: bool) -> Round:
+    async def _ask(self, names: Sequence[str], wishes: Sequence[int | tuple[int, str]], *, lasts: bool) -> Round:
         keys = [f"{_PREFIX}{name}".encode() for name in ("replicas", "epochs", *(f"lease:{name}" for name in names))]
         argument = _ENCODER.encode((self._replica, _ms(self._ttl), _ms(self._dead_after), lasts, wishes))
         sent_at = self._clock.monotonic()  # before the server can have begun to count

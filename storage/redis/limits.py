@@ -23,11 +23,22 @@ import msgspec
 
 from core.clock import Clock
 from core.errors import LimitsUnavailable
-from routing.limits import Granted, Kind, Meter, OpenAnswers, Refused, Verdict, reset_after, retry_after
+from routing.limits import (
+    Granted,
+    Kind,
+    Meter,
+    OpenAnswers,
+    Refused,
+    Verdict,
+    counts_end_user,
+    reset_after,
+    retry_after,
+)
 from storage.redis.connection import RedisAwayError, RedisConnection, Script
 
 _SCRIPT = Script(Path(__file__).with_name("limits.lua").read_text())
 _PREFIX = "{forebay}:"  # one hash tag: all counts of a request have to be on one node of a cluster
+_COUNT = f"{_PREFIX}count:"
 _KINDS: dict[Kind, int] = {"window": 0, "period": 1, "parallel": 2}
 _IS_PERIOD = -1
 _LARGEST = 2**62  # in picodollars 4.6 million USD; Lua's numbers are exact to 2**53, then to one part in 10**16
@@ -134,6 +145,24 @@ class RedisLimiter:
                 self._corrections[name] = self._corrections.get(name, 0) + really - meter.amount
         if self._settle_timer is None and self._connection.is_up:
             self._settle_timer = asyncio.get_running_loop().call_later(self.SETTLE_DELAY_S, self._settle_now)
+
+    async def forget(self, tenant: str, end_user: str | None) -> None:
+        """Delete the counts of an end user, or of all of a tenant's; see ``Limiter``.
+
+        Goes through every key of the Redis, a thousand at a time.
+        """
+        prefix = _COUNT.encode()
+
+        def is_theirs(name: bytes) -> bool:
+            return counts_end_user(name.removeprefix(prefix).decode(errors="surrogatepass"), tenant, end_user)
+
+        try:
+            await self._connection.delete("forget", f"{_COUNT}*/end_user/{tenant}/*".encode(), is_theirs)
+        except RedisAwayError as error:
+            raise LimitsUnavailable(
+                "the counts in Redis cannot be reached now, and hold names of end users; try again in a moment",
+                retry_after=1.0,
+            ) from error
 
     def _settle_now(self) -> None:
         self._settle_timer = None
@@ -285,7 +314,7 @@ class _Keys:
         """Return the place of a count's key."""
         place = self._places.get(key)
         if place is None:
-            self.names.append(f"{_PREFIX}count:{key}".encode(errors="surrogatepass"))
+            self.names.append(f"{_COUNT}{key}".encode(errors="surrogatepass"))
             place = self._places[key] = len(self.names)
         return place
 

@@ -35,6 +35,7 @@ FILE_NAME = "forebay.db"
 
 _COMMON: dict[str, Any] = {
     "hide_parameters": True,  # in messages of errors
+    "pool_use_lifo": True,  # few at work and warm: each has a cache of pages, or of prepared statements, of its own
     "json_serializer": lambda value: msgspec.json.encode(value).decode(),
     "json_deserializer": msgspec.json.decode,
 }
@@ -280,6 +281,7 @@ def _sqlite(url: URL, pool: int, timeout_s: float) -> AsyncEngine:
         connection.isolation_level = None  # the driver begins no transactions: the listener below does
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {int(timeout_s * 800)}")  # less than ours: it can say why
+        cursor.execute("PRAGMA cache_size = -1024")  # KiB: what a batch touches; the system holds the rest anyway
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.execute("PRAGMA secure_delete = ON")  # what is erased is overwritten
         cursor.close()

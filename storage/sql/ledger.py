@@ -6,7 +6,7 @@ from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
 import msgspec
-from sqlalchemy import ColumnElement, RowMapping, Select, case, func, select
+from sqlalchemy import ColumnElement, RowMapping, Select, bindparam, case, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.clock import Clock, SystemClock
@@ -26,6 +26,14 @@ AMOUNTS = ("requests", "errors", "input_tokens", "output_tokens", "cached_tokens
 
 _ROWS_PER_S = 2000  # far less than any database manages
 _CHUNK = 100  # rows that are prepared in one go: two milliseconds in which this process does nothing else
+
+
+_SUBJECT = (ledger.c.tenant, ledger.c.key, ledger.c.end_user)
+_SUMS = (
+    select(*_SUBJECT, func.sum(ledger.c.input_tokens + ledger.c.output_tokens), func.sum(ledger.c.cost))
+    .where(ledger.c.day.between(bindparam("first_day"), bindparam("last_day")))
+    .group_by(*_SUBJECT)
+)
 
 
 class Used(msgspec.Struct, frozen=True):
@@ -50,6 +58,12 @@ class Ledger:
     def __init__(self, database: Database, clock: Clock | None = None) -> None:
         self._database = database
         self._clock = clock or SystemClock()
+        # Made once: statements cost more than what they do here, and are garbage that only the collector finds.
+        self._mark = database.insert(booked_batches).on_conflict_do_nothing()
+        add = database.insert(ledger)
+        self._add = add.on_conflict_do_update(
+            index_elements=list(DIMENSIONS), set_={name: added(ledger.c[name], add.excluded[name]) for name in AMOUNTS}
+        )
 
     async def book(self, batch: Batch) -> None:
         """Add a batch's lines and keep its records, in one transaction; a batch that is booked already changes nothing.
@@ -59,18 +73,14 @@ class Ledger:
         """
         # Every gateway takes rows in the same order, so that no two wait for each other.
         lines = sorted(map(msgspec.structs.asdict, batch.lines), key=itemgetter(*DIMENSIONS))
-        mark = self._database.insert(booked_batches).values(id=batch.id, booked_at=self._clock.wall())
-        add = self._database.insert(ledger)
-        add = add.on_conflict_do_update(
-            index_elements=list(DIMENSIONS), set_={name: added(ledger.c[name], add.excluded[name]) for name in AMOUNTS}
-        )
+        mark = {"id": batch.id, "booked_at": self._clock.wall()}
         is_sqlite = self._database.is_sqlite
 
         async def work(connection: AsyncConnection) -> None:
-            if (await connection.execute(mark.on_conflict_do_nothing())).rowcount == 0:
+            if (await connection.execute(self._mark, mark)).rowcount == 0:
                 return
             for few in _chunks(lines):
-                await connection.execute(add, few)
+                await connection.execute(self._add, few)
             for some in _chunks(batch.records):
                 rows = [row_of(record) for record in some]
                 if is_sqlite:  # one step of the statement for all: each gives up the interpreter, and waits for it
@@ -86,15 +96,12 @@ class Ledger:
 
         Reads every line of the days; there is no page: budgets need all of it.
         """
-        tokens = func.sum(ledger.c.input_tokens + ledger.c.output_tokens)
-        subject = (ledger.c.tenant, ledger.c.key, ledger.c.end_user)
-        query = select(*subject, tokens, func.sum(ledger.c.cost)).group_by(*subject)
-        query = query.where(ledger.c.day.between(first_day, last_day))
+        days = {"first_day": first_day, "last_day": last_day}
 
         async def work(connection: AsyncConnection) -> tuple[Sum, ...]:
             return tuple(
                 Sum(TenantId(tenant), key, end_user, int(used), int(cost))
-                for tenant, key, end_user, used, cost in await connection.execute(query)
+                for tenant, key, end_user, used, cost in await connection.execute(_SUMS, days)
             )
 
         return await self._database.read(work)

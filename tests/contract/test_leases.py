@@ -128,3 +128,17 @@ async def test_a_server_that_has_lost_everything_gives_no_epoch_twice(redis: Red
         found = await b.hold(["m"])
         assert found.is_new
         assert found.leases["m"].epoch > first.epoch
+
+
+async def test_a_lease_is_handed_to_one_that_lives_with_a_later_epoch(of: Open) -> None:
+    a, b = of("a"), of("b")
+    first = (await a.hold(["m"])).leases["m"]
+    await b.hold(["m"])
+    assert not await a.hand_over("m", first.epoch, "nobody")
+    assert not await a.hand_over("m", first.epoch - 1, "b")
+    assert not await b.hand_over("m", first.epoch, "b")
+    assert await a.hand_over("m", first.epoch, "b")
+    seen = (await a.hold(["m"])).leases["m"]
+    assert seen.holder == "b"
+    assert seen.epoch > first.epoch
+    assert (await b.hold(["m"])).leases["m"].epoch == seen.epoch

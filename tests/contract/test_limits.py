@@ -104,6 +104,45 @@ async def test_a_refusal_says_when_enough_will_have_left(limiter: Limiter, name:
     assert [await wait_for(amount) for amount in (1, 3, 4, 6, 7, 10)] == [31, 31, 41, 41, 51, 51]
 
 
+@pytest.mark.parametrize("end_user", ["ann", "a/b", "ann/tokens/day/1", "\udc80*?[a]\\"])
+async def test_the_counts_of_an_end_user_are_forgotten_and_no_others(
+    limiter: Limiter, name: str, end_user: str
+) -> None:
+    def counts(whose: str) -> tuple[Meter, ...]:
+        return (
+            Meter(f"requests/{whose}", "window", 10, 1),
+            Meter(f"tokens/{whose}", "window", 10, 1),
+            Meter(f"budget/{whose}/usd/total/0", "period", 10, 1),
+            Meter(f"budget/{whose}/tokens/day/19000", "period", 10, 1, ends_at=NOW + 500),
+        )
+
+    theirs = f"end_user/{name}/{end_user}"
+    others = (f"tenant/{name}", f"key/{name}", f"end_user/{name}-2/{end_user}", f"end_user/{name}/{end_user}s")
+    for whose in (theirs, *others):
+        await granted(limiter, *counts(whose))
+
+    await limiter.forget(name, end_user)
+    assert (await granted(limiter, *counts(theirs))).remaining == (9,) * 4
+    for whose in others:
+        assert (await granted(limiter, *counts(whose))).remaining == (8,) * 4
+
+    await limiter.forget(name, None)
+    for whose in (theirs, others[-1]):
+        assert (await granted(limiter, *counts(whose))).remaining == (9,) * 4
+    for whose in others[:-1]:
+        assert (await granted(limiter, *counts(whose))).remaining == (7,) * 4
+
+
+async def test_what_is_settled_after_it_was_forgotten_brings_nothing_back(limiter: Limiter, name: str) -> None:
+    whose = f"end_user/{name}/ann"
+    meters = (Meter(f"tokens/{whose}", "window", 10, 3), Meter(f"budget/{whose}/usd/total/0", "period", 10, 3))
+    verdict = await granted(limiter, *meters)
+    await limiter.forget(name, "ann")
+    limiter.settle(meters, (5, 5), verdict)
+
+    assert (await granted(limiter, *meters)).remaining == (7, 7)
+
+
 async def test_what_is_larger_than_the_limit_will_never_fit(limiter: Limiter, name: str) -> None:
     assert await refused(limiter, window(name, limit=5, amount=6)) == Refused(0, None)
     assert await refused(limiter, period(name, limit=5, amount=6)) == Refused(0, None)

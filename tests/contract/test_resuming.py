@@ -4,7 +4,7 @@ is cut, the client reads one stream, and nothing of it is lost, doubled or alter
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,15 @@ class FakeBed(Bed):
 
 
 @asynccontextmanager
-async def fake_bed() -> AsyncIterator[FakeBed]:
+async def fake_bed(kind: type[OpenAIDriver] = VllmDriver, **options: Any) -> AsyncIterator[FakeBed]:
     async with AsyncExitStack() as stack:
         drivers: dict[str, Driver] = {}
         engines = []
         for name in ("m-0", "m-1"):
-            engine = await stack.enter_async_context(
-                FakeEngine(model="m", tokens=40, glyphs=True, api_key=KEY, itl_ms=0.5)
-            )
+            flags: dict[str, Any] = {"model": "m", "tokens": 40, "glyphs": True, "api_key": KEY, "itl_ms": 0.5}
+            engine = await stack.enter_async_context(FakeEngine(**flags | options))
             engines.append(engine)
-            driver = VllmDriver(engine.url, KEY)
+            driver = kind(engine.url, KEY)
             stack.push_async_callback(driver.close)
             await driver.capabilities()
             drivers[name] = driver
@@ -138,7 +137,7 @@ async def test_an_answer_whose_worker_fails_goes_on_elsewhere(fake: Bed, faults:
 
 
 async def test_an_engine_killed_in_the_middle_of_an_answer_costs_nothing_but_time() -> None:
-    for at in (1, 6, 7, 8, 9):
+    for at in (1, 7, 8):
         async with fake_bed() as bed:
             undisturbed = await bed.tell(ask())
             await bed.engines[0].faults(die_after=at)
@@ -205,11 +204,118 @@ async def test_an_engine_that_has_not_shown_that_it_can_continue_pins_all(fake: 
     assert answer.legs == ["done"]
 
 
+# --- an engine of which nothing is known but that it goes on with text
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def foreign() -> AsyncIterator[FakeBed]:
+    async with fake_bed(OpenAIDriver) as bed:
+        yield bed
+
+
+@pytest.fixture
+def short_parts(monkeypatch: pytest.MonkeyPatch, foreign: FakeBed) -> Iterator[FakeBed]:
+    """Others wait, and a part has five tokens."""
+    monkeypatch.setattr("engines.drivers.openai._QUANTUM", 5)
+    foreign.scheduler.num_others = 1
+    yield foreign
+    foreign.scheduler.num_others = 0
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.CHAT, Endpoint.COMPLETIONS])
+async def test_an_answer_made_in_parts_is_the_one_made_at_once(short_parts: FakeBed, endpoint: Endpoint) -> None:
+    short_parts.scheduler.num_others = 0
+    undisturbed = await short_parts.tell(ask(endpoint=endpoint))
+    short_parts.scheduler.num_others = 1
+
+    for length in (4, 5, 6, LENGTH, 200):
+        short_parts.scheduler.num_others = 0
+        undisturbed = await short_parts.tell(ask(endpoint=endpoint, max_tokens=length))
+        short_parts.scheduler.num_others = 1
+        answer = await short_parts.tell(ask(endpoint=endpoint, max_tokens=length))
+        check_equal(answer, undisturbed)
+        assert answer.legs == ["done"]
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.CHAT, Endpoint.COMPLETIONS])
+async def test_an_answer_made_in_parts_is_cut_where_a_part_ends(short_parts: FakeBed, endpoint: Endpoint) -> None:
+    short_parts.scheduler.num_others = 0
+    undisturbed = await short_parts.tell(ask(endpoint=endpoint))
+    short_parts.scheduler.num_others = 1
+    await short_parts.engines[0].reset()
+
+    for cuts in (*(after(at) for at in (1, 3, 8, 10)), every(3)):
+        for inline in (True, False):
+            cut = await short_parts.tell(ask(endpoint=endpoint), cuts, inline=inline)
+            check_equal(cut, undisturbed)
+            assert cut.legs[0] == "preempted"
+
+    assert (await short_parts.engines[0].stats())["aborted"] == 0, "each leg has come to its own end"
+
+
+async def test_an_engine_lost_in_the_middle_of_a_part_costs_nothing_but_time(short_parts: FakeBed) -> None:
+    undisturbed = await short_parts.tell(ask(max_tokens=20))
+    await short_parts.engines[0].faults(cut_after=8, times=1)
+    await short_parts.engines[0].faults(error_after=3, times=1)
+
+    answer = await short_parts.tell(ask(max_tokens=20))
+
+    assert (answer.faults, answer.legs) == ([], ["broken", "done"])
+    assert answer.text.startswith(undisturbed.text[:60])
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.CHAT, Endpoint.COMPLETIONS])
+async def test_an_answer_that_was_begun_while_nobody_waited_is_cut_at_once(
+    foreign: FakeBed, endpoint: Endpoint
+) -> None:
+    undisturbed = await foreign.tell(ask(endpoint=endpoint))
+    for cuts in (after(1), after(7), every(4)):
+        cut = await foreign.tell(ask(endpoint=endpoint), cuts)
+        assert (cut.faults, cut.text, cut.finish) == ([], undisturbed.text, undisturbed.finish)
+        assert cut.usage["completion_tokens"] == LENGTH  # where each token is a piece; the prompt may be estimated
+        assert cut.legs in (["preempted"] * (len(cut.legs) - 1) + ["done"], ["done"])
+
+
+async def test_an_engine_that_begins_anew_is_never_asked_to_go_on() -> None:
+    async with fake_bed(OpenAIDriver, begins_anew=True) as bed:
+        answer = await bed.tell(ask(), every(1))
+
+    assert bed.scheduler.submits[-1].is_pinned
+    assert answer.legs == ["done"]
+
+
+async def test_an_engine_that_is_not_to_be_tried_is_asked_nothing(foreign: FakeBed) -> None:
+    await foreign.engines[0].reset()
+    driver = OpenAIDriver(foreign.engines[0].url, KEY, probes_continuation=False)
+    known = await driver.capabilities()
+    await driver.close()
+
+    assert (known.models, known.continuation) == (("m",), False)
+    assert (await foreign.engines[0].stats())["started"] == 0
+
+
+@pytest.mark.parametrize(
+    "body", [*PINNED, {"chat_template_kwargs": {"enable_thinking": True}}, {"stream": False}], ids=str
+)
+async def test_what_text_alone_does_not_carry_is_pinned(foreign: FakeBed, body: dict[str, Any]) -> None:
+    asked = ask(**body)
+    driver = foreign.drivers["m-0"]
+    assert isinstance(driver, OpenAIDriver)
+
+    assert driver.exactness(asked) == "pinned"
+
+
 # --- llama.cpp
 
 
+class LlamaBed(Bed):
+    """A llama.cpp at ``url``."""
+
+    url: str
+
+
 @asynccontextmanager
-async def llama_bed() -> AsyncIterator[Bed]:
+async def llama_bed() -> AsyncIterator[LlamaBed]:
     path = await asyncio.to_thread(fetch, "smollm2", Path.home() / ".cache/forebay/models")
     engine, port = LlamaCppEngine(), free_port()
     launch = Launch(source=str(path), slots=2, threads=1)
@@ -221,14 +327,16 @@ async def llama_bed() -> AsyncIterator[Bed]:
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    driver = engine.driver(spec, f"http://127.0.0.1:{port}", KEY)
+    url = f"http://127.0.0.1:{port}"
+    driver = engine.driver(spec, url, KEY)
     try:
         async with asyncio.timeout(60):
             while await driver.health() != "ok":
                 assert process.returncode is None
                 await asyncio.sleep(0.05)
         await driver.capabilities()
-        bed = Bed({"m-0": driver}, ("id", "model", "object"))  # its "created" is the time of each frame
+        bed = LlamaBed({"m-0": driver}, ("id", "model", "object"))  # its "created" is the time of each frame
+        bed.url = url
         async with bed.dispatcher:
             bed.dispatcher.on_worker(view("m-0", slots=2))
             yield bed
@@ -239,7 +347,7 @@ async def llama_bed() -> AsyncIterator[Bed]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def llama() -> AsyncIterator[Bed]:
+async def llama() -> AsyncIterator[LlamaBed]:
     async with llama_bed() as bed:
         yield bed
 
@@ -255,7 +363,8 @@ async def test_a_greedy_answer_of_llamacpp_cut_here_and_there_is_the_undisturbed
     for at in (1, 2, 7, 12):
         cut = await llama.tell(ask(endpoint=endpoint, prompt=prompt), after(at))
         check_equal(cut, undisturbed)
-        assert cut.usage["forebay"] == {"legs": 2, "recomputed_tokens": 1}  # its slot has kept all the rest
+        # Its slot has kept all the rest.
+        assert cut.usage["forebay"] == {"legs": 2, "recomputed_tokens": 1, "exactness": "token"}
 
 
 @pytest.mark.parametrize("body", [{"max_tokens": 40}, {"max_tokens": 9}, {"stop": ["ten", "guid"]}], ids=str)
@@ -309,6 +418,26 @@ async def test_what_was_saved_of_one_request_is_given_to_no_other(llama: Bed) ->
     pieces = [piece async for piece in driver.resume(stranger, Continuation(texts))]
 
     assert next(piece.prefilled for piece in pieces if piece.prefilled is not None) > 50
+
+
+async def test_a_real_engine_that_nothing_is_known_of_makes_an_answer_in_parts(
+    llama: LlamaBed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.drivers.openai._QUANTUM", 8)
+    driver = OpenAIDriver(llama.url, KEY)
+    assert (await driver.capabilities()).continuation
+    bed = Bed({"m-0": driver}, llama.constant)
+    bed.scheduler.num_others = 1
+    async with bed.dispatcher:
+        bed.dispatcher.on_worker(view("m-0", slots=2))
+        cut = await bed.tell(ask(prompt="Tell me of ships."), after(3))
+    await driver.close()
+
+    assert cut.faults == []
+    # The first may be lost: llama.cpp closes some connections that it has promised to keep.
+    assert [leg for leg in cut.legs if leg != "lost"] == ["preempted", "done"]
+    assert (cut.finish, cut.usage["completion_tokens"]) == ("length", LENGTH)
+    assert cut.usage["forebay"]["legs"] >= 3
 
 
 async def beginning(driver: Driver, asked: Call, *, num: int) -> list[str]:

@@ -168,10 +168,11 @@ class Verdict(NamedTuple):
         return 1 - len(self.different) / max(self.compared, 1)
 
 
-def verdict(replies: Sequence[Reply], undisturbed: Sequence[Reply]) -> Verdict:
-    """Judge answers beside undisturbed ones to the same questions."""
+def verdict(replies: Sequence[Reply], undisturbed: Sequence[Reply] = ()) -> Verdict:
+    """Judge answers, beside undisturbed ones to the same questions where there are such."""
     broken, unfinished, different, compared, cut = [], [], [], 0, 0
-    for reply, other in zip(replies, undisturbed, strict=True):
+    others: Sequence[Reply | None] = undisturbed if undisturbed else [None] * len(replies)
+    for reply, other in zip(replies, others, strict=True):
         question, story = reply.question, reply.story
         name = f"{question.number} ({question.path}{' stream' if question.streams else ''})"
         broken += [f"{name}: {fault}" for fault in story.faults]
@@ -180,15 +181,15 @@ def verdict(replies: Sequence[Reply], undisturbed: Sequence[Reply]) -> Verdict:
                 cut += 1
             else:
                 unfinished.append(f"{name}: {story.error}")
-        elif not question.is_free and other.story.error is None:
+        elif not question.is_free and other is not None and other.story.error is None:
             compared += 1
             different += [f"{name}: {', '.join(found)}"] if (found := differences(story, other.story)) else []
     return Verdict(broken, unfinished, different, compared, cut)
 
 
 class Trial(NamedTuple):
-    """One mixture of questions, asked twice in peace (``control`` compares the second time with the first) and once
-    under ``acts``; ``ended`` counts how the legs of that time ended. ``seams``: where an answer is not what its engines
+    """One mixture of questions, asked in peace (``control`` compares a second time with the first) and once under
+    ``acts``; ``ended`` counts how the legs of that time ended. ``seams``: where an answer is not what its engines
     said, put together; None where nobody wrote that down, as the control is without one."""
 
     disturbed: Verdict
@@ -236,8 +237,8 @@ class Plan(NamedTuple):
     record: Path | None
 
 
-async def trial(plan: Plan, count: int, *, with_control: bool = True) -> Trial:
-    """Ask so many questions in peace, and under disruption."""
+async def trial(plan: Plan, count: int, *, num_quiet: int = 2) -> Trial:
+    """Ask so many questions in peace, twice or once or not at all, and under disruption."""
     asked = questions(plan.nature, count, plan.seed)
     secrets = [key["key"] for key in plan.keys]
 
@@ -245,11 +246,13 @@ async def trial(plan: Plan, count: int, *, with_control: bool = True) -> Trial:
         models = {plan.nature.model: {**plan.settings, "fairness": fairness}}
         return GatewayProcess(models, keys=plan.keys, **plan.sections)
 
+    undisturbed: Sequence[Reply] = ()
     control = None
-    async with gateway({"policy": "fcfs"}) as quiet:
-        undisturbed = await answers(quiet, asked, secrets, at_once=plan.at_once)
-        if with_control:
-            control = verdict(await answers(quiet, asked, secrets, at_once=plan.at_once), undisturbed)
+    if num_quiet:
+        async with gateway({"policy": "fcfs"}) as quiet:
+            undisturbed = await answers(quiet, asked, secrets, at_once=plan.at_once)
+            if num_quiet > 1:
+                control = verdict(await answers(quiet, asked, secrets, at_once=plan.at_once), undisturbed)
     async with gateway(RESTLESS) as restless:
         async with Disruption(restless, plan.seed, plan.acts, pause_s=plan.pause_s) as disruption:
             replies = await answers(restless, asked, secrets, at_once=plan.at_once)

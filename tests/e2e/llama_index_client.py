@@ -1,6 +1,6 @@
-"""What a LlamaIndex application does, in a process of its own: `python llama_index_client.py URL KEY MODEL EMBEDDER`.
+"""What a LlamaIndex application does, in a process of its own: `python llama_index_client.py URL KEY MODEL ...`.
 
-Prints one JSON object with what each call gave. EMBEDDER may be empty: then nothing is embedded.
+Prints one JSON object with what each call of each model gave; models may be as many as there are, three arguments each.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -23,7 +23,7 @@ class Verdict(BaseModel):
     verdict: Literal["yes", "no"]
 
 
-def main(url: str, key: str, model: str, embedder: str) -> dict[str, Any]:
+def ask(url: str, key: str, model: str) -> dict[str, Any]:
     """Return what chat, stream_chat, complete, structured_predict and embeddings gave."""
     llm = OpenAILike(
         model=model,
@@ -42,17 +42,17 @@ def main(url: str, key: str, model: str, embedder: str) -> dict[str, Any]:
     completing = llm.model_copy(update={"is_chat_model": False})
     roomy = llm.model_copy(update={"max_tokens": 48})
     verdict = roomy.structured_predict(Verdict, PromptTemplate("Is water wet?"))
-    told: dict[str, Any] = {
+    embedding = OpenAILikeEmbedding(model_name=model, api_base=url + "/v1", api_key=key, max_retries=0)
+    return {
         "chat": answer.message.content,
         "stream": deltas,
         "complete": completing.complete("Once upon").text,
         "verdict": verdict.verdict,
+        "vectors": embedding.get_text_embedding_batch(["one text", "another text"]),
     }
-    if embedder:
-        embedding = OpenAILikeEmbedding(model_name=embedder, api_base=url + "/v1", api_key=key, max_retries=0)
-        told["vectors"] = embedding.get_text_embedding_batch(["one text", "another text"])
-    return told
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))
+    arguments = iter(sys.argv[1:])
+    asked = list(zip(arguments, arguments, arguments, strict=True))
+    print(json.dumps({model: ask(url, key, model) for url, key, model in asked}))

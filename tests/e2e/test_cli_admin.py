@@ -158,6 +158,10 @@ async def test_settings_are_laid_over_and_reloaded(run: Operator, tmp_path: Path
     overlay.write_text("log:\n  level: warning\n")
     assert (await run.json("config", "apply", str(overlay)))["overlay"] == {"log.level": "warning"}
     assert "log.level" in await run("config", "revisions")
+    assert "--expect 1" in await run("config", "apply", str(overlay), status=1)
+    assert "not revision 7" in await run("config", "apply", str(overlay), "--expect", "7", status=1)
+    assert (await run.json("config", "apply", str(overlay), "--expect", "1"))["number"] == 2
+    assert (await run.json("config", "apply", str(overlay), "--force"))["number"] == 3
     await run("config", "apply", "--unset", "log.level")
     assert '"warning"' in await run("config", "rollback", "1")
     assert "Nothing differs." in await run("config", "reload")

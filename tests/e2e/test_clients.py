@@ -17,6 +17,7 @@ from pydantic import BaseModel, SecretStr
 
 from tests.e2e.conftest import LIMITED_KEY, Target
 from tests.fakes.engine import FakeEngine
+from tests.fakes.gateway import GatewayProcess
 
 MOST = 12
 FOR_JSON = 48  # llama.cpp counts two tokens for each that it shows under a grammar
@@ -78,18 +79,25 @@ async def claude(target: Target) -> AsyncIterator[anthropic.AsyncAnthropic]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def told(target: Target, llama_index_python: Path) -> dict[str, Any]:
-    """What `llama_index_client.py` was told."""
+async def told_each(
+    gateway: GatewayProcess, real_gateway: GatewayProcess, llama_index_python: Path
+) -> dict[str, dict[str, Any]]:
+    """What `llama_index_client.py` was told by each model: one process, since LlamaIndex takes seconds to import."""
     script = Path(__file__).with_name("llama_index_client.py")
+    arguments = (gateway.url, gateway.key, "fake", real_gateway.url, real_gateway.key, "smollm2")
     process = await asyncio.create_subprocess_exec(
-        *(llama_index_python, script, target.url, target.key, target.model, target.model),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        str(llama_index_python), str(script), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     out, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
-    answers: dict[str, Any] = json.loads(out)
+    answers: dict[str, dict[str, Any]] = json.loads(out)
     return answers
+
+
+@pytest.fixture(scope="module")
+def told(target: Target, told_each: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `llama_index_client.py` was told."""
+    return told_each[target.model]
 
 
 def text_of(chunks: list[ChatCompletionChunk]) -> str:

@@ -21,7 +21,7 @@ async def test_two_hundred_answers_of_the_fake_engine_are_what_they_are_undistur
 
 async def test_a_drained_worker_gives_its_streams_to_another_that_has_room() -> None:
     plan = fake_plan(itl_ms=30)._replace(at_once=3, acts=("drain", "restart", "drain"), pause_s=(0.2, 0.4))
-    seen = await trial(plan, 12, with_control=False)
+    seen = await trial(plan, 12, num_quiet=1)
     print(f"\n{seen.summary()}")
     assert seen.disturbed.broken == []
     assert seen.disturbed.unfinished == []
@@ -30,7 +30,7 @@ async def test_a_drained_worker_gives_its_streams_to_another_that_has_room() -> 
 
 
 async def test_forty_answers_of_llamacpp_are_what_its_workers_said_whatever_becomes_of_them(tmp_path: Path) -> None:
-    seen = await trial(llamacpp_plan(tmp_path), 40, with_control=False)
+    seen = await trial(llamacpp_plan(tmp_path), 40, num_quiet=0)
     print(f"\n{seen.summary()}")
     assert seen.disturbed.broken == []
     assert seen.disturbed.unfinished == []

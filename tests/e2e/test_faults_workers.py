@@ -26,7 +26,7 @@ def launched(count: int, *flags: str) -> dict[str, Any]:
     launch = {"command": command, "env": {"FAKE_API_KEY": "{key}"}}
     lifecycle = {"probe_interval": 0.2, "backoff_base": 0.1, "stop_timeout": 2}
     worker = {"engine": "openai", "launch": launch, "replicas": count, "max_inflight": NUM_STREAMS}
-    return {"workers": [{**worker, "lifecycle": lifecycle}]}
+    return {"workers": [{**worker, "lifecycle": lifecycle, "probe_continuation": False}]}
 
 
 def chat(number: int = 0, **more: Any) -> dict[str, Any]:

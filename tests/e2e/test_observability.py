@@ -87,7 +87,7 @@ async def test_what_is_seen_of_requests(
     assert mine["process_resident_memory_bytes"] > 10**6
     assert "forebay_redis_up" not in mine
 
-    # The client's span is the parent of ours, and ours of the engine's.
+    # The client's span is the parent of ours, and that of ours for its leg; the engine is told of the leg's.
     spans = await collector.trace(PARENT[3:35])
     root = next(span for span in spans if span.kind == "server")
     leg = next(span for span in spans if span.kind == "client")
@@ -95,7 +95,7 @@ async def test_what_is_seen_of_requests(
     assert root.attributes["forebay.request.id"] == "seen-1"
     assert root.attributes["gen_ai.usage.output_tokens"] > 0
     told = [request["headers"].get("traceparent") for request in (await engine.stats())["requests"]]
-    assert f"00-{root.trace_id}-{root.id}-01" in told
+    assert f"00-{root.trace_id}-{leg.id}-01" in told
     assert CANARY.encode() not in collector.raw
 
     # The log is JSON to the last line, and holds neither content nor keys.

@@ -14,12 +14,14 @@ class CuttingScheduler:
 
     ``events`` holds all it was told, ``ended`` each ``LegEnded`` of them. ``cuts`` is asked after every piece of an
     answer, with how many there have been, whether to cut it there; the answer goes on at the next of ``workers`` then.
+    ``num_others`` requests wait, it says.
     """
 
     def __init__(self, *workers: str) -> None:
         self.workers = [WorkerId(worker) for worker in workers or ("m-0",)]
         self.cuts: Callable[[int], bool] = lambda _: False
         self.why: CutFor = "preempted"
+        self.num_others = 0
         self.submits: list[Submit] = []
         self._num_pieces: Counter[RequestId] = Counter()
         self.events: list[Event] = []
@@ -83,7 +85,7 @@ class CuttingScheduler:
         return request in self._current
 
     def num_waiting(self, model: ModelName) -> int:
-        return 0
+        return self.num_others
 
     def num_running(self, worker: WorkerId) -> int:
         return sum(start.worker == worker for start in self._legs.values())

@@ -207,7 +207,7 @@ class GatewayProcess:
 
 def attached(url: str, **more: Any) -> dict[str, Any]:
     """Return a model with one worker that is attached: a `FakeEngine`'s url, without `/v1`."""
-    return {"workers": [{"engine": "openai", "url": url + "/v1", **more}]}
+    return {"workers": [{"engine": "openai", "url": url + "/v1", "probe_continuation": False, **more}]}
 
 
 def launched_llamacpp(gguf: Path, *, slots: int = 4, context: int = 1024, **more: Any) -> dict[str, Any]:

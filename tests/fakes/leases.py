@@ -41,5 +41,9 @@ class LeaseServer:
             elif holder == replica and wish == epoch:
                 del self._leases[key]
                 epoch, holder, until = 0, "", now
+            elif isinstance(wish, list) and (holder, epoch) == (replica, wish[0]) and wish[1] in self._heard:
+                epoch, holder, until = max(self._epochs[key] + 1, now), wish[1], now + ttl
+                self._epochs[key] = epoch
+                self._leases[key] = (epoch, holder, until)
             answer.append([epoch, holder, until - now])
         return msgspec.msgpack.encode(answer)

@@ -13,6 +13,7 @@ def view(
     slots: int = 1,
     incarnation: int = 0,
     draining: bool = False,
+    kv_tokens: int | None = None,
 ) -> WorkerView:
     """Return the view of a worker named ``<model>-<index>``."""
     return WorkerView(
@@ -24,4 +25,5 @@ def view(
         max_inflight=slots,
         incarnation=incarnation,
         is_draining=draining,
+        kv_tokens=kv_tokens,
     )

@@ -1,5 +1,6 @@
 """The admin port over a real database: who may do what, what is kept of it, and how changes meet each other."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from routing.scheduler import Cancel, LegEnded, Scheduler, Submit, Worker, Worke
 from tests.fakes.admin import ADMIN, DATA_KEY, HOST, OPERATOR, SECRETS, VIEWER, client, opened
 
 V1 = "/admin/v1"
+REPLACING = {"if-match": "*"}
 
 
 class Port(NamedTuple):
@@ -506,7 +508,7 @@ async def test_a_policy_of_fairness_reaches_the_scheduler_and_goes_again(port: P
     small, scheduler = ModelName("small"), port.services.scheduler
     assert isinstance(scheduler, Scheduler)
     overlay = {"models.small.fairness": {"policy": "drr", "threshold": "3k"}, "tenants.filed.weight": 2}
-    applied = await port.admin.post(f"{V1}/policies/fairness:apply", json={"overlay": overlay})
+    applied = await port.admin.post(f"{V1}/policies/fairness:apply", json={"overlay": overlay}, headers=REPLACING)
     assert applied.status_code == 201, applied.text
 
     assert scheduler.fairness[small] == Fairness(policy="drr", threshold=3000)
@@ -620,13 +622,15 @@ async def test_an_overlay_is_checked_applied_shown_and_rolled_back(port: Port) -
         "valid": True,
         "faults": [],
     }
-    applied = await port.admin.post(f"{V1}/config/revisions", json={"overlay": overlay, "note": "less patience"})
-    assert applied.status_code == 201, applied.text
+    body = {"overlay": overlay, "note": "less patience"}
+    tag = (await port.admin.get(f"{V1}/config")).headers["etag"]
+    applied = await port.admin.post(f"{V1}/config/revisions", json=body, headers={"if-match": tag})
+    assert (applied.status_code, tag, applied.headers.get("etag")) == (201, '"0"', '"1"'), applied.text
     assert (applied.json()["number"], applied.json()["author"]) == (1, "admin")
     assert port.services.live.settings.timeouts.queue == 5
     (change,) = (await port.admin.get(f"{V1}/config/diff")).json()["changes"]
     assert (change["path"], change["before"], change["after"]) == ("timeouts.queue", 30, 5)
-    await port.admin.post(f"{V1}/config/revisions", json={"overlay": {}})
+    await port.admin.post(f"{V1}/config/revisions", json={"overlay": {}}, headers={"if-match": '"1"'})
     assert port.services.live.settings.timeouts.queue == 30
     back = await port.admin.post(f"{V1}/config/revisions/1:rollback")
     assert back.json()["revision"]["number"] == 3
@@ -642,7 +646,7 @@ async def test_an_overlay_is_checked_applied_shown_and_rolled_back(port: Port) -
     "overlay", [{"server.port": 1}, {"models.small.workers": []}, {"nothing": 1}, {"timeouts.queue": "soon"}, {"": 1}]
 )
 async def test_what_only_the_file_may_say_is_refused(port: Port, overlay: dict[str, Any]) -> None:
-    answer = await port.admin.post(f"{V1}/config/revisions", json={"overlay": overlay})
+    answer = await port.admin.post(f"{V1}/config/revisions", json={"overlay": overlay}, headers=REPLACING)
     assert answer.status_code == 400
     assert port.services.overlays.get("config") is None
 
@@ -664,17 +668,42 @@ async def test_a_policy_is_tried_and_kept_or_rolled_back(port: Port) -> None:
     path = f"{V1}/policies/fairness"
     overlay = {"overlay": {"retry.attempts": 1}}
     assert (await port.admin.post(f"{path}:diff", json=overlay)).json()["changes"][0]["after"] == 1
-    canary = await port.admin.post(f"{path}:canary", json={**overlay, "lasts_s": 60})
+    canary = await port.admin.post(f"{path}:canary", json={**overlay, "lasts_s": 60}, headers={"if-match": '"0"'})
     assert (canary.status_code, canary.json()["state"]) == (201, "canary")
     assert port.services.live.settings.retry.attempts == 1
     back = await port.admin.post(f"{path}:rollback")
     assert back.json() == {"revision": None}
     assert port.services.live.settings.retry.attempts == 3
-    await port.admin.post(f"{path}:canary", json=overlay)
+    await port.admin.post(f"{path}:canary", json=overlay, headers=REPLACING)
     assert (await port.admin.post(f"{path}:keep")).json()["state"] == "applied"
     shown = (await port.admin.get(path)).json()
     assert shown["revision"]["state"] == "applied"
     assert {"path": "retry.attempts", "value": 1, "source": "overlay"} in shown["values"]
+
+
+@pytest.mark.parametrize("where", ["policies/fairness:apply", "policies/fairness:canary", "config/revisions"])
+async def test_an_overlay_has_to_name_the_revision_that_it_replaces(port: Port, where: str) -> None:
+    overlay = {"overlay": {"timeouts.queue": 5} if where == "config/revisions" else {"retry.attempts": 1}}
+    blind = await port.admin.post(f"{V1}/{where}", json=overlay)
+    assert (blind.status_code, blind.json()["error"]["code"]) == (428, "precondition_required")
+    assert '`If-Match: "0"`' in blind.json()["error"]["message"]
+
+    first = await port.admin.post(f"{V1}/{where}", json=overlay, headers={"if-match": '"0"'})
+    assert (first.status_code, first.headers["etag"]) == (201, '"1"')
+    late = await port.admin.post(f"{V1}/{where}", json=overlay, headers={"if-match": '"0"'})
+    assert (late.status_code, late.json()["error"]["code"]) == (412, "precondition_failed")
+    assert "revision 1 is in force" in late.json()["error"]["message"]
+    assert (await port.admin.post(f"{V1}/{where}", json=overlay, headers=REPLACING)).status_code == 201
+
+
+async def test_of_two_operators_at_the_same_moment_one_is_told_of_the_other(port: Port) -> None:
+    path, from_the_file = f"{V1}/policies/fairness:apply", {"if-match": '"0"'}
+    bodies = [{"overlay": {"retry.attempts": attempts}} for attempts in (1, 2)]
+    answers = await asyncio.gather(*(port.admin.post(path, json=body, headers=from_the_file) for body in bodies))
+    first, second = sorted(answer.status_code for answer in answers)
+    assert first == 201
+    assert second in (409, 412)
+    assert len((await port.admin.get(f"{V1}/policies/fairness/revisions")).json()["data"]) == 1
 
 
 @pytest.mark.parametrize("kind", ["cache", "examples", "routing", "kv"])

@@ -18,6 +18,7 @@ import pytest
 from core.chat import Endpoint
 from engines.drivers.llamacpp_answers import AnswerAssembler
 from engines.drivers.llamacpp_requests import Plan, edit_request
+from engines.drivers.llamacpp_server import slot_files
 from engines.models import fetch
 
 KEY = "test-key"
@@ -107,8 +108,8 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(model, "--embeddings", "--slot-save-path", str(tmp_path_factory.mktemp("slots")))
+def server(model: Path) -> Iterator[Server]:
+    running = Server(model, "--embeddings", "--slot-files", "1")
     try:
         running.wait_ready()
         yield running
@@ -140,8 +141,9 @@ def test_each_slot_has_the_context_it_was_promised(server: Server) -> None:
 
 def test_slots_can_be_saved_and_restored(server: Server) -> None:
     server.ask("/v1/completions", TEXT | {"id_slot": 0})
-    saved = json.loads(server.ask("/slots/0?action=save", {"filename": "a.bin"})[1])
-    restored = json.loads(server.ask("/slots/1?action=restore", {"filename": "a.bin"})[1])
+    (file,) = slot_files(1)
+    saved = json.loads(server.ask("/slots/0?action=save", {"filename": file})[1])
+    restored = json.loads(server.ask("/slots/1?action=restore", {"filename": file})[1])
     assert saved["n_saved"] == restored["n_restored"] > 0
 
 

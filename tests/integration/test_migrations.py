@@ -27,6 +27,7 @@ from storage.sql.revisions import Revisions
 from storage.sql.schema import DowngradeRefused, NewerDatabase, current, head, is_current, upgrade
 from storage.sql.tables import METADATA
 from storage.sql.tenants import Tenants
+from tests.fakes.admin import client, opened
 from tests.fakes.postgres import Postgres
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,9 @@ _OLD_ROWS = (
 )
 
 
+_OLD_TENANT = (
+    "id, version, is_suspended, max_class, models, endpoints, rate, budgets, end_user, end_user_budgets, ceilings"
+)
 _OLD_RECORD = (
     b'{"time":1000.5,"id":"r1","endpoint":"/v1/embeddings","status":200,"duration_s":0.25,"tenant":"acme","key":"k1",'
     b'"model":"m","attempts":1,"queue_s":0.5,"usage":{"prompt_tokens":30,"completion_tokens":4,"cached_tokens":0},'
@@ -58,9 +62,9 @@ def _literal(data: bytes, database: Database) -> str:
     return f"x'{data.hex()}'" if database.is_sqlite else f"'\\x{data.hex()}'"
 
 
-async def _make_old(database: Database) -> None:
-    """Make a database of the first revision, with data."""
-    await upgrade(database, to="0001")
+async def _make_old(database: Database, revision: str = "0001") -> None:
+    """Make a database of an old revision, with data of the first."""
+    await upgrade(database, to=revision)
     digest, record = _literal(b"key", database), _literal(_OLD_RECORD, database)
 
     async def fill(connection: AsyncConnection) -> None:
@@ -70,11 +74,12 @@ async def _make_old(database: Database) -> None:
     await database.write(fill)
 
 
-async def test_an_old_database_becomes_a_new_one_with_its_data(database_url: str) -> None:
+@pytest.mark.parametrize("revision", ["0001", "0002"])
+async def test_an_old_database_becomes_a_new_one_with_its_data(database_url: str, revision: str) -> None:
     async with Database(database_url, timeout_s=20.0) as database:
-        await _make_old(database)
+        await _make_old(database, revision)
         assert not await is_current(database)
-        assert await upgrade(database) == ("0001", head())
+        assert await upgrade(database) == (revision, head())
         assert await is_current(database)
 
         tenants, tenant = Tenants(database), TenantId("acme")
@@ -117,6 +122,35 @@ async def test_an_old_database_becomes_a_new_one_with_its_data(database_url: str
         latest = await Revisions(database).latest("config")
         assert latest is not None
         assert latest.overlay == {"queue.max": 5}
+
+
+@pytest.mark.parametrize("revision", ["0001", "0002"])
+async def test_tenants_of_an_old_database_have_equal_shares_until_they_are_given_others(
+    database_url: str, revision: str, tmp_path: Path
+) -> None:
+    async with Database(database_url, timeout_s=20.0) as database:
+        await _make_old(database, revision)
+    settings = {"url": database_url, "timeout": 20}
+    async with opened(tmp_path / "gateway", database=settings) as (app, services), client(app) as admin:
+        assert services.directory.keyring.tenants[TenantId("acme")].weight == 1.0
+        tag = (await admin.get("/admin/v1/tenants/acme")).headers["etag"]
+        done = await admin.put("/admin/v1/tenants/acme", json={"weight": 2.5}, headers={"if-match": tag})
+        assert (done.status_code, done.json()["weight"]) == (200, 2.5)
+        assert services.directory.keyring.tenants[TenantId("acme")].weight == 2.5
+
+        # A gateway of the version before may still write while others are upgraded.
+        async def write_as_before(connection: AsyncConnection) -> None:
+            row = _OLD_ROWS[1].replace("VALUES", f"({_OLD_TENANT}) VALUES")
+            await connection.exec_driver_sql(row.replace("acme", "beta"))
+
+        await services.database.write(write_as_before)
+        assert (await admin.get("/admin/v1/tenants/beta")).json()["weight"] == 1.0
+    async with Database(database_url, timeout_s=20.0) as database:
+        for older in ("0002", "0001"):
+            with pytest.raises(DowngradeRefused, match="forebay db restore"):
+                await upgrade(database, to=older)
+        found = {row.value.id: row.value.weight for row in await Tenants(database).tenants()}
+        assert found == {"acme": 2.5, "beta": 1.0}
 
 
 async def test_the_revisions_lead_to_the_tables_that_the_code_knows(database: Database) -> None:

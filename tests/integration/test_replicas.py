@@ -14,6 +14,7 @@ from core.ids import ModelName, RequestId, TenantId, WorkerId
 from gateway.replicas import Replicas, is_shared, replicas_of
 from gateway.settings import RedisSettings, Settings
 from routing.replicas.messages import Envelope, ReplicaId, Summons, pack
+from routing.replicas.spreading import SETTLED_S, best_of
 from routing.scheduler import Effect, LegEnded, Limits, Scheduler, Start, Submit, Worker, WorkerView
 from tests.fakes.redis import RedisServer
 
@@ -131,6 +132,29 @@ async def test_who_leaves_gives_the_lease_to_others_at_once(server: RedisServer)
             await stack.aclose()
             assert await until(lambda: stays.role == "leading") < Replicas.BEAT_S + MARGIN_S
             await until(lambda: stays.replicas.num_replicas == 1)
+
+
+async def test_a_lease_is_handed_to_the_gateway_that_should_have_it_and_it_knows_what_was_learned(
+    server: RedisServer,
+) -> None:
+    async with Gateway(server) as first:
+        await until(lambda: first.role == "leading")
+        better = Gateway(server)
+        while best_of(MODEL, (first.replicas.id, better.replicas.id)) == first.replicas.id:
+            better = Gateway(server)
+        async with better:
+            await until(lambda: better.role == "following")
+            better.submit("a")
+            await until(lambda: bool(better.started))
+            assert await until(lambda: better.role == "leading") < SETTLED_S + 2 * Replicas.BEAT_S + MARGIN_S
+            await until(lambda: first.role == "following")
+            (share,) = better.replicas.fairness_view(MODEL).tenants
+            assert (share.tenant, share.running, share.attained) == ("t", 1, 1.0)
+            better.submit("b")
+            first.submit("c")
+            first.submit("d")
+            await until(lambda: len(better.started) + len(first.started) == 2)
+            assert not first.replicas.num_refused
 
 
 @pytest.mark.parametrize("trouble", ["kill", "freeze"])

@@ -5,14 +5,21 @@ from typing import Any
 
 import msgspec
 import pytest
+from redis import Redis
 
+from core.chat import CallContext, Usage
 from core.ids import TenantId
 from core.records import Batch, LedgerLine, RequestRecord
+from core.tenancy import Budget, Rate
 from gateway.services import Services
 from tests.e2e.asking import ask, logged
+from tests.fakes import drivers
 from tests.fakes.admin import OPERATOR, client, opened
 from tests.fakes.engine import FakeEngine
 from tests.fakes.gateway import GatewayProcess, attached
+from tests.fakes.postgres import Postgres
+from tests.fakes.redis import RedisServer
+from tests.fakes.tenancy import principal, tenant
 
 V1 = "/admin/v1"
 ANN, BOB = "canary-of-ann", "canary-of-bob"
@@ -84,6 +91,38 @@ async def test_a_tenant_that_is_deleted_already_can_be_erased(tmp_path: Path) ->
         await admin.delete(f"{V1}/tenants/gone", headers={"if-match": made.headers["etag"]})
         assert (await admin.post(f"{V1}/tenants/gone:erase")).json() == {"records": 1}
         assert files_with(ANN, tmp_path) == []
+
+
+async def test_one_gateway_is_asked_and_all_that_share_its_stores_have_forgotten(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    acme = tenant(end_user=Rate(rpm=9, tpm=900), end_user_budgets=(Budget(900, "tokens", "month"),))
+    call = msgspec.structs.replace(drivers.call(), context=CallContext(tenant=acme.id, end_user=ANN))
+    with RedisServer() as redis:
+        stores = {"database": {"url": postgres.new_database(), "timeout": 20}, "redis": {"url": redis.url}}
+        async with opened(tmp_path / "a", **stores) as (app, _), opened(tmp_path / "b", **stores) as (_, other):
+            admitted = await other.admission.admit(principal(of=acme), call)
+            assert admitted is not None
+            assert len(names_in(redis, ANN)) == 3
+            other.admission.settle(admitted, Usage(5, 5), 7)
+            finish(other, ANN, tenant="acme")
+            async with client(app) as admin:
+                done = await admin.post(f"{V1}/tenants/acme:erase", json={"end_user": ANN})
+                assert (done.status_code, done.json()) == (200, {"records": 1})
+                await other.books.flush()
+                assert (await admin.get(f"{V1}/requests")).json()["data"] == []
+                assert await used(admin) == [("acme", 1)]
+                assert names_in(redis, ANN) == []
+
+                redis.kill()
+                answer = await admin.post(f"{V1}/tenants/acme:erase", json={"end_user": ANN})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "limits_unavailable")
+
+
+def names_in(redis: RedisServer, text: str) -> list[str]:
+    """Return the keys of a Redis that hold a text."""
+    with Redis(port=redis.port, decode_responses=True) as asking:
+        return [name for name in asking.scan_iter() if text in name]
 
 
 async def test_what_an_earlier_process_left_unbooked_is_erased_too(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ _PREAMBLE = 40  # tokens that every prompt of an endpoint has in common: the tem
 _seeds = iter(range(10_000))
 
 
-def secret(num_words: int = 90) -> str:
+def secret(num_words: int = 60) -> str:
     """Return a text that no test has sent before."""
     words = random.Random(next(_seeds))
     return " ".join(words.choice(WORDS) for _ in range(num_words))
@@ -120,7 +120,7 @@ async def test_what_cannot_be_placed_is_neither_served_from_a_cache_nor_left_in_
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_by_the_clock_a_strangers_prompt_is_like_a_new_one_and_ones_own_is_not(llama: LlamaCppDriver) -> None:
-    text = secret()
+    text = secret(100)
 
     async def seconds(tenant: str, prompt: str) -> float:
         started = time.perf_counter()
@@ -128,7 +128,7 @@ async def test_by_the_clock_a_strangers_prompt_is_like_a_new_one_and_ones_own_is
         return time.perf_counter() - started
 
     await seconds("one", text)
-    fresh, strangers, own = await seconds("two", secret()), await seconds("three", text), await seconds("one", text)
+    fresh, strangers, own = await seconds("two", secret(100)), await seconds("three", text), await seconds("one", text)
     assert own < strangers / 2
     assert own < fresh / 2
 
@@ -136,7 +136,7 @@ async def test_by_the_clock_a_strangers_prompt_is_like_a_new_one_and_ones_own_is
 @pytest.mark.asyncio(loop_scope="module")
 async def test_tenants_that_press_at_once_find_only_their_own(llama: LlamaCppDriver) -> None:
     """Eight at a time on four slots: more than a scheduler would let in."""
-    shared = secret(60)
+    shared = secret()
     cached = await asyncio.gather(*(num_cached(llama, f"tenant-{number}", shared) for number in range(8)))
     assert max(cached) <= _PREAMBLE
 

@@ -135,6 +135,23 @@ async def test_an_engine_that_waits_for_a_slow_reader_is_given_to_who_else_wants
         assert await reading == list(range(LENGTH)), "it is read at last, and whole"
 
 
+async def test_a_crowd_of_slow_readers_on_every_slot_keeps_nobody_waiting() -> None:
+    async with house(slots=4, undelivered=16 * 2**10) as home:
+        crowd = [home.ask("slow") for _ in range(12)]
+        await home.passes(6 * LENGTH)
+        assert home.dispatcher.num_running(WorkerId("m-0")) == 4
+
+        for _ in range(20):
+            other = asyncio.create_task(numbers_of(home.ask("other", 5)))
+            await home.passes(2000)
+            assert other.done()
+            assert await other == list(range(5))
+        first_time = sum(4 + 2 * len(run.journal.frames) for run in crowd)
+        assert home.given("slow") > first_time, "what was computed again for them is theirs"
+        for run in crowd:
+            run.close()
+
+
 async def test_who_leaves_early_is_charged_for_what_was_produced() -> None:
     async with house() as home:
         left = home.ask("gone")

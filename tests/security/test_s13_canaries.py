@@ -121,7 +121,8 @@ async def admin_answers(front: GatewayProcess) -> dict[str, str]:
                 named = re.findall(r"{\w+}", path)
                 assert set(named) <= set(of), path
                 paths |= {path.replace(named[0], one) for one in of[named[0]]} if named else {path}
-        return {path: (await http.get(path)).text for path in sorted(paths)}
+        answers = await asyncio.gather(*map(http.get, sorted(paths)))  # those that wait for a database do so together
+        return {path: answer.text for path, answer in zip(sorted(paths), answers, strict=True)}
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -4,7 +4,8 @@
 the kept recordings ran as `vllm serve MODEL --served-model-name smol --dtype bfloat16 --enforce-eager --block-size 32
 --max-model-len 2048 --max-num-seqs 16 --enable-prompt-tokens-details --scheduling-policy priority
 --enable-auto-tool-choice --tool-call-parser hermes`. `error_queue_full*` (a second server, `--max-num-queued-reqs 1`,
-one request running) and `*engine_died*` (SIGKILL of the worker process) were taken by hand.
+one request running), `*engine_died*` (SIGKILL of the worker process) and `*special_ids*` (`--load-format dummy`, with
+`logit_bias` for special tokens and for bytes that are no characters) were taken by hand.
 """
 
 import http.client

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from core.chat import Endpoint
+from core.chat import Call, Endpoint
 from engines.drivers.vllm import VllmDriver
 from tests.contract.beds import Bed, after, ask, every
 from tests.fakes.workers import view
@@ -58,6 +58,24 @@ async def test_an_answer_cut_again_and_again_keeps_its_limits(bed: Bed, body: di
     assert cut.usage["completion_tokens"] <= body.get("max_tokens", 24)
     assert (cut.finish == "length") == (cut.usage["completion_tokens"] == body.get("max_tokens", 24))
     assert not any(stop in cut.text for stop in body.get("stop", ()))
+
+
+async def test_an_answer_with_special_tokens_goes_on_by_the_ids_that_vllm_told(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(_: object) -> dict[str, object]:
+        raise AssertionError("the ids of an answer are known")
+
+    def asked() -> Call:  # past its end the model writes the marks of turns, which have no text
+        return ask(prompt="Say hi.", max_tokens=48, ignore_eos=True)
+
+    undisturbed = await bed.tell(asked())
+    monkeypatch.setattr(bed.drivers["m-0"], "tokenize", refuse)
+    cut = await bed.tell(asked(), every(5))
+
+    print(f"{len(cut.legs)} legs, equal to the undisturbed answer: {cut.text == undisturbed.text}")
+    assert (cut.faults, cut.finish, cut.usage["completion_tokens"]) == ([], "length", 48)
+    assert cut.text[:8] == undisturbed.text[:8]
 
 
 async def test_what_the_client_reads_of_an_undisturbed_answer_is_what_vllm_writes(bed: Bed, vllm: Vllm) -> None:

@@ -3,13 +3,15 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import Path
+from fastapi import Path, Response
 from pydantic import Field
 
-from core.errors import UnknownId
+from core.errors import PreconditionRequired, UnknownId
 from core.records import Revision
+from gateway.api.admin.etags import ANY, etag_of, version_in
 from gateway.api.admin.pages import Page, page_found, place_of
 from gateway.api.admin.shapes import ONE_LINE, Line, Shape, shown_moment, shown_time
+from gateway.overlays import in_words, number_of
 from gateway.revisions import Change, Fault
 from gateway.services import Services
 
@@ -100,6 +102,26 @@ async def check_number(services: Services, resource: str, number: int) -> None:
     """Raise ``UnknownId`` unless the resource has a revision of this number."""
     if await services.store.revisions.revision(resource, number) is None:
         raise UnknownId(f"{resource!r} has no revision {number}", code="unknown_revision")
+
+
+def expected_by(if_match: str | None, services: Services, resource: str) -> int | None:
+    """Return the number of the revision that a change is to replace, 0 for the file alone, None for whichever holds.
+
+    Raises ``PreconditionRequired``, which names what is in force, and ``PreconditionFailed``.
+    """
+    if if_match is None:
+        held = number_of(services.overlays.get(resource))
+        raise PreconditionRequired(
+            f"{in_words(held)} is in force for {resource!r}: say that you replace it, by the header "
+            f"`If-Match: {etag_of(held)}`, or replace whatever is in force, by `If-Match: {ANY}`",
+            param="If-Match",
+        )
+    return None if if_match.strip() == ANY else version_in(if_match)
+
+
+def tag(response: Response, revision: Revision | None) -> None:
+    """Have an answer carry the ``ETag`` of the revision in force; "0" is that of the file alone."""
+    response.headers["etag"] = etag_of(number_of(revision))
 
 
 def shown_revision(revision: Revision) -> RevisionShape:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from core.errors import Conflict
 from gateway import revisions
@@ -17,14 +17,17 @@ from gateway.api.admin.changes import (
     RevisionShape,
     Verdict,
     check_number,
+    expected_by,
     history,
     in_force,
     shown_changes,
     shown_faults,
     shown_revision,
+    tag,
     verdict,
 )
-from gateway.api.admin.document import errors
+from gateway.api.admin.document import errors, tagged
+from gateway.api.admin.etags import IfMatch
 from gateway.api.admin.guard import Acting, guarded
 from gateway.api.admin.pages import After, Limit, Page
 from gateway.api.admin.shapes import Shape
@@ -67,10 +70,14 @@ def config_routes(services: Services) -> APIRouter:
     router = APIRouter(prefix="/admin/v1", tags=["config"], route_class=guarded(services))
     live, overlays = services.live, services.overlays
 
-    @router.get("/config", responses=errors())
-    async def show_config() -> ConfigShape:
-        """Show every value that holds, and who says it: default, file, environment or overlay."""
+    @router.get("/config", responses=tagged(200) | errors())
+    async def show_config(response: Response) -> ConfigShape:
+        """Show every value that holds, and who says it: default, file, environment or overlay.
+
+        Its `ETag` is what a change has to name.
+        """
         current = overlays.get(revisions.CONFIG)
+        tag(response, current)
         return ConfigShape(
             digest=live.digest,
             revision=None if current is None else current.number,
@@ -113,12 +120,24 @@ def config_routes(services: Services) -> APIRouter:
         """List the overlays that were applied, newest first."""
         return await history(services, revisions.CONFIG, limit, after)
 
-    @router.post("/config/revisions", status_code=201, responses=errors(409))
-    async def apply_config(body: NewRevision, act: Acting) -> RevisionShape:
-        """Put an overlay in force, on every gateway within a second. It may hold only what is marked overridable."""
+    @router.post("/config/revisions", status_code=201, responses=tagged(201) | errors(409, 412, 428))
+    async def apply_config(
+        body: NewRevision, response: Response, act: Acting, if_match: IfMatch = None
+    ) -> RevisionShape:
+        """Put an overlay in force, on every gateway within a second. It may hold only what is marked overridable.
+
+        Needs `If-Match`; `*` is whatever holds.
+        """
         act.detail["paths"] = sorted(body.overlay)
-        revision = await overlays.apply(revisions.CONFIG, body.overlay, author=act.operator.name, note=body.note)
+        revision = await overlays.apply(
+            revisions.CONFIG,
+            body.overlay,
+            author=act.operator.name,
+            expected=expected_by(if_match, services, revisions.CONFIG),
+            note=body.note,
+        )
         act.target = str(revision.number)
+        tag(response, revision)
         return shown_revision(revision)
 
     @router.post("/config/revisions/{number}:rollback", responses=errors(404, 409))

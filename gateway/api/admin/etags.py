@@ -9,6 +9,9 @@ from core.errors import PreconditionFailed, PreconditionRequired
 
 IfMatch = Annotated[str | None, Header(alias="If-Match", max_length=64, description="The `ETag` that you have read.")]
 
+ANY = "*"
+"""The header's word for whatever state there is."""
+
 _TAG = re.compile(r'(?:W/)?"(\d{1,9})"')
 
 

@@ -12,7 +12,7 @@ from gateway.api.admin.pages import After, Limit, Page, page_of
 from gateway.api.admin.shapes import Shape
 from gateway.services import Services
 from routing.fairness.policy import Policy
-from routing.scheduler.decisions import FairnessView, TenantView
+from routing.scheduler.views import FairnessView, TenantView
 
 
 class TenantShare(Shape):
@@ -32,7 +32,9 @@ class TenantShare(Shape):
 class FairnessShape(Shape):
     """One model's sharing. `waste_left`: tokens that preemption may still have computed again, below 0 if it had more
     than it should; `wasted_tokens`: those that were, `lost_tokens`: likewise after failures; `reserved`: slots that are
-    kept for requests on their way. Numbers count from the start of this gateway."""
+    kept for requests on their way. `holder`: the gateway that decides, if several do so together, and `age_s`: how long
+    ago it told this one, which knows no more than 256 of its tenants. Numbers count from when that gateway began to
+    decide, but for what tenants have had."""
 
     model: str
     policy: Policy
@@ -47,6 +49,8 @@ class FairnessShape(Shape):
     wasted_tokens: int
     lost_tokens: int
     waste_left: float
+    holder: str | None
+    age_s: float
 
 
 class FairnessOfModel(FairnessShape):
@@ -61,7 +65,7 @@ def fairness_routes(services: Services) -> APIRouter:
 
     @router.get("", responses=errors())
     async def list_fairness(limit: Limit = 50, after: After = None) -> Page[FairnessShape]:
-        """List how each model is shared, by name. What this gateway decides, not what others do."""
+        """List how each model is shared, by name."""
         page, following = page_of(services.live.catalog.models(), lambda model: model.name, after, limit)
         return Page(data=[_shown(services.scheduler.fairness_view(model.name)) for model in page], next=following)
 
@@ -93,6 +97,8 @@ def _shown(view: FairnessView) -> FairnessShape:
         wasted_tokens=view.wasted_tokens,
         lost_tokens=view.lost_tokens,
         waste_left=view.waste_left,
+        holder=view.holder or None,
+        age_s=view.age,
     )
 
 

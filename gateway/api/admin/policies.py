@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
 from pydantic import Field
 
 from core.errors import UnknownId
@@ -15,14 +15,17 @@ from gateway.api.admin.changes import (
     RevisionShape,
     Verdict,
     check_number,
+    expected_by,
     history,
     in_force,
     shown_changes,
     shown_revision,
+    tag,
     verdict,
 )
 from gateway.api.admin.config import ValueShape
-from gateway.api.admin.document import errors
+from gateway.api.admin.document import errors, tagged
+from gateway.api.admin.etags import IfMatch
 from gateway.api.admin.guard import Acting, guarded
 from gateway.api.admin.pages import After, Limit, Page
 from gateway.api.admin.shapes import Shape
@@ -63,12 +66,17 @@ def policy_routes(services: Services) -> APIRouter:
     router = APIRouter(prefix="/admin/v1/policies", tags=["policies"], route_class=guarded(services))
     live, overlays = services.live, services.overlays
 
-    @router.get("/{kind}", responses=errors(404))
-    async def show_policy(kind: Available) -> PolicyShape:
-        """Show a policy: its revision, and every value that holds, with who says it."""
+    @router.get("/{kind}", responses=tagged(200) | errors(404))
+    async def show_policy(kind: Available, response: Response) -> PolicyShape:
+        """Show a policy: its revision, and every value that holds, with who says it.
+
+        Its `ETag` is what a change has to name.
+        """
+        revision = overlays.get(kind)
+        tag(response, revision)
         return PolicyShape(
             kind=kind,
-            revision=in_force(overlays.get(kind)).revision,
+            revision=in_force(revision).revision,
             values=[
                 ValueShape(path=value.path, value=value.value, source=value.source)
                 for value in values(live.effective, kind)
@@ -90,19 +98,43 @@ def policy_routes(services: Services) -> APIRouter:
         """Tell what an overlay would change. Changes nothing."""
         return Changes(changes=shown_changes(overlays.diff(kind, body.overlay)))
 
-    @router.post("/{kind}:apply", status_code=201, responses=errors(404, 409))
-    async def apply_policy(kind: Available, body: NewRevision, act: Acting) -> RevisionShape:
-        """Put an overlay in force for good, on every gateway within a second."""
-        act.detail["paths"] = sorted(body.overlay)
-        return shown_revision(await overlays.apply(kind, body.overlay, author=act.operator.name, note=body.note))
+    @router.post("/{kind}:apply", status_code=201, responses=tagged(201) | errors(404, 409, 412, 428))
+    async def apply_policy(
+        kind: Available, body: NewRevision, response: Response, act: Acting, if_match: IfMatch = None
+    ) -> RevisionShape:
+        """Put an overlay in force for good, on every gateway within a second.
 
-    @router.post("/{kind}:canary", status_code=201, responses=errors(404, 409))
-    async def canary_policy(kind: Available, body: NewCanary, act: Acting) -> RevisionShape:
-        """Put an overlay in force for a time: unless it is kept, what held before holds again."""
+        Needs `If-Match`; `*` is whatever holds.
+        """
+        act.detail["paths"] = sorted(body.overlay)
+        revision = await overlays.apply(
+            kind,
+            body.overlay,
+            author=act.operator.name,
+            expected=expected_by(if_match, services, kind),
+            note=body.note,
+        )
+        tag(response, revision)
+        return shown_revision(revision)
+
+    @router.post("/{kind}:canary", status_code=201, responses=tagged(201) | errors(404, 409, 412, 428))
+    async def canary_policy(
+        kind: Available, body: NewCanary, response: Response, act: Acting, if_match: IfMatch = None
+    ) -> RevisionShape:
+        """Put an overlay in force for a time: unless it is kept, what held before holds again.
+
+        Needs `If-Match`; `*` is whatever holds.
+        """
         act.detail["paths"] = sorted(body.overlay)
         revision = await overlays.canary(
-            kind, body.overlay, author=act.operator.name, lasts_s=body.lasts_s, note=body.note
+            kind,
+            body.overlay,
+            author=act.operator.name,
+            expected=expected_by(if_match, services, kind),
+            lasts_s=body.lasts_s,
+            note=body.note,
         )
+        tag(response, revision)
         return shown_revision(revision)
 
     @router.post("/{kind}:keep", responses=errors(404, 409))

@@ -159,7 +159,8 @@ def _ending(record: RequestRecord) -> str:
         if record.status < 400:
             return f"The answer had begun, and broke off after {took} with the error {record.error!r}{meaning}."
         return f"It ended after {took} with status {record.status} and the error {record.error!r}{meaning}."
-    first = f", its first byte after {duration(record.first_byte_s)}" if record.first_byte_s is not None else ""
+    has_first = record.stream and record.first_byte_s is not None
+    first = f", its first byte after {duration(record.first_byte_s or 0.0)}" if has_first else ""
     return f"The answer, status {record.status}, was complete after {took}{first}."
 
 

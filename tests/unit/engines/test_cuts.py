@@ -10,16 +10,17 @@ import pytest
 from structlog.testing import capture_logs
 
 from core.chat import Call, Timeouts, Usage
-from core.errors import ForebayError, IdleTimeout, WorkerLost
+from core.errors import ForebayError, IdleTimeout, UpstreamBroken, WorkerLost
 from engines.dispatcher import Bounds, Dispatcher
-from engines.driver import Driver, Piece
+from engines.driver import Chunk, Continuation, Driver, Piece
 from engines.run import Run
-from routing.scheduler import FirstToken, LegEnded, Scheduler
+from routing.scheduler import FirstToken, LegEnded, Reject, Scheduler
 from tests.fakes.clock import ManualClock
 from tests.fakes.cutting import CuttingScheduler
 from tests.fakes.drivers import Gate, ResumableDriver, ScriptedDriver, call, text
 from tests.fakes.workers import view
 
+LOOK_S = 0.1
 TIMES = Timeouts(queue=5.0, first_token=10.0, idle=30.0, total=600.0)
 END = Piece(ending={"finish_reason": "stop"}, usage=Usage(4, 3), prefilled=5)
 
@@ -46,8 +47,10 @@ class House:
 
     async def pass_time(self, seconds: float) -> None:
         await calm()
-        self.clock.advance(seconds)
-        self.dispatcher.tick()
+        while seconds > 0:
+            self.clock.advance(min(seconds, LOOK_S))
+            self.dispatcher.tick()
+            seconds -= LOOK_S
         await calm()
 
 
@@ -192,7 +195,7 @@ async def test_a_whole_answer_goes_on_from_what_its_engine_has_streamed() -> Non
         whole = json.loads(await reader)
 
     assert whole["choices"][0]["message"]["content"] == "one two"
-    assert whole["usage"]["forebay"] == {"legs": 2, "recomputed_tokens": 5}
+    assert whole["usage"]["forebay"] == {"legs": 2, "recomputed_tokens": 5, "exactness": "prefix"}
 
 
 @pytest.mark.parametrize("error", [WorkerLost("gone"), IdleTimeout("late")])
@@ -215,6 +218,92 @@ async def test_an_answer_that_cannot_go_on_ends_with_one_error() -> None:
         with pytest.raises(WorkerLost):
             await reader
         assert not home.scheduler.ended[0].can_resume
+
+
+async def test_a_begun_answer_that_no_worker_is_left_for_was_lost_and_not_refused() -> None:
+    async with house(cut_driver()) as home:
+        run, reader = home.start()
+        await calm()
+        home.dispatcher.carry_out([Reject(request=run.call.id, why="no_healthy_worker")])
+
+        with pytest.raises(WorkerLost, match="no other is running"):
+            await reader
+
+
+class PartedDriver(ResumableDriver):
+    """Has answers made in parts; each script but the last is one, and so is each rest without an ending."""
+
+    def quantum(self, call: Call) -> int | None:
+        return 1
+
+    def run(self, call: Call, most: int | None = None) -> AsyncIterator[Chunk]:
+        self.mosts = [most]
+        return super().run(call)
+
+    def resume(self, call: Call, past: Continuation, most: int | None = None) -> AsyncIterator[Piece]:
+        self.mosts.append(most)
+        return super().resume(call, past)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+async def test_a_leg_in_parts_is_cut_when_a_part_has_ended_and_not_before(inline: bool) -> None:
+    gate = Gate()
+    driver = PartedDriver((text(said("one ")), gate), rests=[(Piece("two ", 1),), (Piece("three", 1), END)])
+    async with house(driver) as home:
+        home.scheduler.num_others = 1
+        run, reader = home.start(inline=inline)
+        await calm()
+        home.cut(run)
+        await calm()
+        assert (home.scheduler.ended, driver.num_running) == ([], 1)
+        gate.open()
+        await calm()
+        body = await reader
+
+    assert words_of(body) == "one two three"
+    assert [(event.cause, event.can_resume) for event in home.scheduler.ended] == [("aborted", True), ("done", False)]
+    assert [leg.cause for leg in run.legs] == ["preempted", "done"]
+    assert (driver.mosts, driver.closed) == ([1, 1, 1], 3)
+
+
+async def test_a_leg_in_parts_whose_reader_holds_it_back_is_cut_at_once() -> None:
+    driver = PartedDriver((text(said("one ")), Gate()), rests=[(Piece("two", 1), END)])
+    async with house(driver) as home:
+        home.scheduler.num_others = 1
+        home.dispatcher.bounds = Bounds(undelivered_bytes=0)
+        run = home.dispatcher.submit(call(timeouts=TIMES))
+        await calm()
+        assert run.is_held_back
+        home.cut(run)
+        await calm()
+
+        assert [event.cause for event in home.scheduler.ended][:1] == ["aborted"]
+        assert words_of(await read(run)) == "one two"
+
+
+async def test_when_nobody_waits_any_more_all_the_rest_is_made_at_once() -> None:
+    gate = Gate()
+    driver = PartedDriver((text(said("one ")), gate), rests=[(Piece("two", 1), END)])
+    async with house(driver) as home:
+        home.scheduler.num_others = 1
+        run, reader = home.start()
+        await calm()
+        home.scheduler.num_others = 0
+        gate.open()
+
+        assert words_of(await reader) == "one two"
+        assert driver.mosts == [1, None]
+        assert [leg.cause for leg in run.legs] == ["done"]
+
+
+async def test_a_part_that_is_no_plain_text_ends_the_answer_with_one_error() -> None:
+    driver = PartedDriver((text(said(None, delta={"tool_calls": [{"index": 0}]})),))
+    async with house(driver) as home:
+        home.scheduler.num_others = 1
+        _, reader = home.start()
+
+        with pytest.raises(UpstreamBroken):
+            await reader
 
 
 async def test_a_worker_that_cannot_continue_is_as_good_as_away() -> None:
@@ -254,6 +343,48 @@ async def test_a_stream_that_pauses_by_nature_is_given_five_such_pauses() -> Non
         await home.pass_time(0.2)
 
         assert words_of(await reader) == "one two three"
+
+
+async def test_a_worker_is_not_ill_because_it_drains() -> None:
+    gate = Gate()
+    async with house(ResumableDriver((text(said("one ")), gate, text(said("two")))), cut_driver()) as home:
+        _, reader = home.start()
+        await calm()
+        home.dispatcher.on_worker(view("m-0", ready=False, draining=True))
+        await home.pass_time(5.0)
+        assert home.scheduler.ended == []
+
+        gate.open()
+        assert words_of(await reader) == "one two"
+
+
+async def test_a_stream_that_stalled_once_is_given_five_times_as_long_the_next_time() -> None:
+    driver = ResumableDriver((text(said("one ")), Gate()), rests=[(Piece("two ", 1), Gate()), (Piece("three", 1), END)])
+    async with house(driver) as home:
+        _, reader = home.start()
+        await calm()
+        home.dispatcher.on_worker(view("m-0", healthy=False))
+        await home.pass_time(2.3)
+        assert len(home.scheduler.ended) == 1
+
+        await home.pass_time(9.0)
+        assert len(home.scheduler.ended) == 1
+        await home.pass_time(3.0)
+        assert words_of(await reader) == "one two three"
+
+
+async def test_a_silence_that_we_slept_through_ourselves_is_not_held_against_a_worker() -> None:
+    async with house(cut_driver((Piece("two", 1), END))) as home:
+        _, reader = home.start()
+        await calm()
+        home.dispatcher.on_worker(view("m-0", healthy=False))
+        home.clock.advance(60.0 / 4)
+        home.dispatcher.tick()
+        await home.pass_time(1.9)
+        assert home.scheduler.ended == []
+
+        await home.pass_time(0.3)
+        assert words_of(await reader) == "one two"
 
 
 async def test_legs_of_an_earlier_incarnation_are_lost_and_go_on() -> None:

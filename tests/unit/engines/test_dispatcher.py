@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,8 @@ from core.errors import (
     WorkerLost,
     WorkerUnreachable,
 )
-from core.ids import WorkerId
+from core.ids import ModelName, WorkerId
+from core.spans import traceparent_of_leg
 from engines.dispatcher import Bounds, Dispatcher
 from engines.driver import Driver
 from engines.run import Run
@@ -83,8 +85,8 @@ async def house(
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert home.dispatcher.num_open == 0
     assert all(driver.num_running == 0 for driver in drivers)
-    assert not home.scheduler._requests
-    assert not home.scheduler._legs
+    assert not home.scheduler._books.requests
+    assert not home.scheduler._books.legs
     assert home.dispatcher.num_running(M0) == 0
 
 
@@ -214,6 +216,31 @@ async def test_before_the_first_byte_a_retry_is_invisible(error: ForebayError, i
         served = await run.first_byte()
 
         assert (served.attempts, await body_of(run)) == (2, ONE)
+
+
+@pytest.mark.parametrize("tells_progress", [True, False])
+async def test_tokens_of_a_whole_answer_are_paid_for_whether_its_engine_tells_of_progress_or_not(
+    tells_progress: bool,
+) -> None:
+    whole = ScriptedDriver((text(ONE, 60, Usage(5, 60)),), progress_of_whole=tells_progress)
+    async with house(whole) as home:
+        await body_of(home.start(call(stream=False), inline=False))
+        await calm()
+        view = home.scheduler.fairness_view(ModelName("m"))
+
+    assert [tenant.attained for tenant in view.tenants] == [5 + 2 * 60]
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+async def test_each_leg_tells_its_engine_of_its_own_span_if_the_request_is_traced(is_ours: bool) -> None:
+    traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
+    traced = msgspec.structs.replace(call(), traceparent=traceparent, has_leg_spans=is_ours)
+    driver = ScriptedDriver((WorkerLost("gone"),), (text(ONE),))
+    async with house(driver) as home:
+        await body_of(home.start(traced))
+
+    told = [asked.traceparent for asked in driver.calls]
+    assert told == [traceparent_of_leg(traceparent, index) if is_ours else traceparent for index in range(2)]
 
 
 async def test_after_the_first_byte_the_error_follows_what_was_delivered() -> None:

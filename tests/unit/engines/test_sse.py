@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from core.chat import Endpoint, Usage
 from core.errors import UpstreamBroken
-from engines.drivers.metrics import gauge
+from engines.drivers.metrics import gauge, labelled
 from engines.drivers.sse import DONE, MAX_FRAME_BYTES, FrameBuffer, StreamReader, data_of, read_whole, split
 
 RECORDINGS = Path(__file__).resolve().parents[2] / "vllm" / "recordings"
@@ -337,3 +337,12 @@ def test_the_gauges_of_a_real_vllm_are_read() -> None:
 
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
         assert gauge(text, name) == 0.0
+    assert labelled(text, "vllm:cache_config_info", "num_gpu_blocks", "block_size") == 46592
+
+
+def test_labels_that_are_numbers_are_multiplied_and_summed_over_engines() -> None:
+    text = 'a_total{x="9"} 1\na{x="2",y="3",z="None"} 1.0\na{y="5",x="4"} 1.0\n'
+
+    assert labelled(text, "a", "x", "y") == 26.0
+    assert labelled(text, "a", "x", "z") is None
+    assert labelled(text, "b", "x") is None

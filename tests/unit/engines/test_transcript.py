@@ -120,7 +120,7 @@ def test_ids_of_text_that_is_held_back_are_not_gone_on_from() -> None:
     transcript = read(journal_of(asked, frames, [False]))
 
     assert transcript is not None
-    assert transcript.past() == Continuation(("one",), None, [1], 1)
+    assert transcript.past() == Continuation(("one",), None, [1], 1, num_pieces=1)
 
 
 @pytest.mark.parametrize(

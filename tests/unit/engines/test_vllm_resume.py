@@ -1,31 +1,41 @@
-"""How many tokens are left of an answer that vLLM goes on with, where its text is other tokens when parted anew."""
+"""What vLLM is asked to go on with: the ids that it told, or its text; and how many tokens are left of the answer."""
 
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from core.chat import Endpoint
 from engines.driver import Continuation, Piece
+from engines.drivers.sse import StreamReader, split
 from engines.drivers.vllm import VllmDriver
+from engines.transcript import read
+from routing.journal import Journal
 from tests.contract.beds import ask
 
+RECORDINGS = Path(__file__).parents[2] / "vllm" / "recordings"
 _ENDING = 'data: {"choices": [{"text": " end", "token_ids": [7], "finish_reason": "length"}]}\n\n'
 _USAGE = 'data: {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 1}}\n\ndata: [DONE]\n\n'
 
 
 class Forgetful:
-    """An engine to which every text is one token, and to which ids do not say what they said."""
+    """An engine to which every text is one token; ``says`` is the text of all ids, and ``num_told`` how often it was
+    asked for that."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.says = "something else"
+        self.num_told = 0
 
     async def tokenize(self, _: web.Request) -> web.Response:
         return web.json_response({"tokens": [9], "count": 1})
 
     async def detokenize(self, _: web.Request) -> web.Response:
+        self.num_told += 1
         return web.json_response({"prompt": self.says})
 
     async def complete(self, request: web.Request) -> web.Response:
@@ -49,15 +59,15 @@ async def engine() -> AsyncIterator[tuple[Forgetful, VllmDriver]]:
     await runner.cleanup()
 
 
-async def pieces_of(driver: VllmDriver, past: Continuation, limit: int) -> list[Piece]:
-    return [piece async for piece in driver.resume(ask(max_tokens=limit), past)]
+async def pieces_of(driver: VllmDriver, past: Continuation, limit: int, **body: Any) -> list[Piece]:
+    return [piece async for piece in driver.resume(ask(max_tokens=limit, **body), past)]
 
 
 async def test_the_limit_counts_the_tokens_that_were_made(engine: tuple[Forgetful, VllmDriver]) -> None:
     forgetful, driver = engine
-    past = Continuation(("a", "b", "c"), prompt_ids=[1, 2, 3], ids=[4, 5, 6, 7, 8], num_tokens=5)
+    past = Continuation(("a", "b", "c"), prompt_ids=[1, 2, 3], num_tokens=5)
     pieces = await pieces_of(driver, past, limit=6)
-    assert forgetful.asked[-1]["prompt"] == [1, 2, 3, 9], "by text: the ids do not say it"
+    assert forgetful.asked[-1]["prompt"] == [1, 2, 3, 9], "by text: no ids are known"
     assert forgetful.asked[-1]["max_tokens"] == 1
     assert pieces[-1].usage is not None
     assert (pieces[-1].usage.prompt_tokens, pieces[-1].usage.completion_tokens) == (3, 6)
@@ -81,19 +91,67 @@ async def test_a_text_of_more_tokens_than_it_was_made_of_still_fits_the_context(
     assert forgetful.asked[-1]["max_tokens"] == 8 - 3 - 1
 
 
+async def test_the_ids_that_the_engine_told_are_gone_on_from_unasked(engine: tuple[Forgetful, VllmDriver]) -> None:
+    forgetful, driver = engine
+    await pieces_of(driver, Continuation(("a\ufffd",), prompt_ids=[1], ids=[4, 5], num_tokens=2), limit=20)
+    assert forgetful.asked[-1]["prompt"] == [1, 4, 5]
+    assert forgetful.num_told == 0
+
+
+async def test_special_tokens_and_broken_characters_are_gone_on_from_wherever_the_answer_is_cut(
+    engine: tuple[Forgetful, VllmDriver],
+) -> None:
+    forgetful, driver = engine
+    recorded = split((RECORDINGS / "chat_stream_special_ids.sse").read_bytes())
+    told = [json.loads(frame[6:])["choices"] for frame in recorded if frame.startswith(b"data: {")]
+    ids: list[int] = []
+    for num in range(2, len(told) - 1):
+        ids += told[num - 1][0]["token_ids"]
+        if not told[num - 1][0]["delta"]["content"]:
+            continue
+        asked = ask(max_tokens=100)
+        journal, reader = Journal(asked), StreamReader(Endpoint.CHAT, strips_usage=False, takes_ids=True)
+        for frame in recorded[:num]:
+            journal.append(reader.read(frame), 0)
+            journal.asides += reader.aside
+        transcript = read(journal)
+        assert transcript is not None
+        _ = [chunk async for chunk in transcript.go_on(driver, asked)]
+
+        prompt = told[0] and json.loads(recorded[0][6:])["prompt_token_ids"]
+        assert forgetful.asked[-1]["prompt"] == prompt + ids
+        assert forgetful.asked[-1]["max_tokens"] == 100 - len(ids)
+    assert forgetful.num_told == 0
+    assert {2, 254, 130} < set(ids)
+
+
 @pytest.mark.parametrize(
-    ("says", "text", "goes_by_ids"),
+    ("says", "limit", "text", "ending"),
     [
-        ("a\ufffd\ufffdb", "a\ufffdb", True),  # bytes that are no text, told as so many signs or so
-        ("ab\ufffd", "ab", False),  # half a character that the client has not got
-        ("ab\ufffd\ufffd", "ab\ufffd", True),
-        ("abc", "ab", False),
+        ("abc st", 20, "c st end", "length"),  # held back: it might have become a stop string
+        ("abc st", 2, "c st", "length"),  # and nothing is left to be made
+        ("abc x", 20, "c x end", "length"),
+        ("abc e", 20, "c ", "stop"),
     ],
 )
-async def test_ids_are_gone_on_from_if_they_say_what_was_delivered(
-    engine: tuple[Forgetful, VllmDriver], says: str, text: str, goes_by_ids: bool
+async def test_what_an_engine_held_back_for_a_stop_string_is_delivered_when_the_answer_goes_on(
+    engine: tuple[Forgetful, VllmDriver], says: str, limit: int, text: str, ending: str
 ) -> None:
     forgetful, driver = engine
     forgetful.says = says
-    await pieces_of(driver, Continuation((text,), prompt_ids=[1], ids=[4, 5], num_tokens=2), limit=20)
-    assert forgetful.asked[-1]["prompt"] == ([1, 4, 5] if goes_by_ids else [1, 9])
+    past = Continuation(("ab",), prompt_ids=[1], ids=[4, 5], num_tokens=2)
+    pieces = await pieces_of(driver, past, limit, stop=["stop", "e end"])
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.ending["finish_reason"] for piece in pieces if piece.ending] == [ending]
+    assert all(asked["prompt"] == [1, 4, 5] for asked in forgetful.asked)
+
+
+@pytest.mark.parametrize("says", ["another", "ab\ufffd"])
+async def test_ids_that_say_what_was_never_streamed_are_not_gone_on_from_where_text_may_be_held_back(
+    engine: tuple[Forgetful, VllmDriver], says: str
+) -> None:
+    forgetful, driver = engine
+    forgetful.says = says
+    past = Continuation(("ab",), prompt_ids=[1], ids=[4, 5], num_tokens=2)
+    await pieces_of(driver, past, limit=20, stop="stop")
+    assert forgetful.asked[-1]["prompt"] == [1, 9]

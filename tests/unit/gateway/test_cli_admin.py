@@ -200,6 +200,7 @@ def test_why_ends_with_what_was_decided(gateway: Gateway) -> None:
 SHARING = {
     "model": "org/m", "policy": "vtc-pc", "queued": 4, "tenants": 3, "reserved": 1, "preemptions": 7, "migrations": 2,
     "drained": 1, "recovered": 5, "useful_tokens": 1000, "wasted_tokens": 30, "lost_tokens": 9, "waste_left": 12.7,
+    "holder": "c0ffee", "age_s": 0.31,
 }  # fmt: skip
 
 
@@ -217,6 +218,7 @@ def test_who_shares_a_model_is_told(gateway: Gateway) -> None:
 
     output = gateway.run("fairness", "org/m").output
 
+    assert "gateway c0ffee, 0.3 s ago" in output
     assert "30 (3.0% of 1000 useful ones)" in output
     assert "acme    2       4        1        10      5        0" in output
     assert "and 2 more" in output

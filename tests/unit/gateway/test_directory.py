@@ -1,7 +1,5 @@
 """Keys are in memory; the database is watched, and its absence changes nothing for who is known."""
 
-import asyncio
-
 import pytest
 from structlog.testing import capture_logs
 
@@ -98,23 +96,3 @@ async def test_a_gateway_that_starts_without_its_database_knows_the_files_keys()
     assert home.keyring.identify(asks("fbk_declared_in_the_file"), NOW).tenant == "acme"
     with pytest.raises(KeysUnavailable):
         home.keyring.identify(asks("fbk_of_nobody"), NOW)
-
-
-async def test_a_fault_of_the_store_that_nobody_foresaw_ends_nothing() -> None:
-    asked = asyncio.Event()
-
-    async def version() -> int:
-        asked.set()
-        raise ValueError("permission denied for table keys")
-
-    home = Directory(lambda: Stored(0, (tenant(),), (FILE,)), version, FakeStore().snapshot)
-    home.POLL_INTERVAL_S = 0.0
-    with capture_logs() as told:
-        task = asyncio.create_task(home._watch())
-        await asked.wait()
-        await asyncio.sleep(0)
-        assert not task.done()
-        task.cancel()
-
-    assert told[0]["event"] == "directory_refresh_failed"
-    assert home.keyring.identify(asks("fbk_declared_in_the_file"), NOW).tenant == "acme"

@@ -4,7 +4,8 @@ import msgspec
 
 from core.ids import ModelName, WorkerId
 from engines.spec import WorkerSpec
-from gateway.fleet import renumbered
+from gateway.fleet import renumbered, specs_of
+from gateway.settings import Settings
 
 
 def spec(number: int, url: str, model: str = "m") -> WorkerSpec:
@@ -32,3 +33,9 @@ def test_without_a_past_the_ids_are_as_declared() -> None:
     declared = [spec(0, "a"), spec(1, "b"), spec(0, "a", "n")]
     assert renumbered(declared, ()) == tuple(declared)
     assert msgspec.structs.asdict(declared[0])["id"] == "m-0"
+
+
+def test_an_engine_is_tried_for_continuation_unless_that_is_turned_off() -> None:
+    worker = {"engine": "openai", "url": "http://h"}
+    models = {"m": {"workers": [worker, {**worker, "probe_continuation": False}]}}
+    assert [one.probe_continuation for one in specs_of(Settings.model_validate({"models": models}))] == [True, False]

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from core.errors import PreconditionFailed
 from core.records import Revision
 from gateway import revisions
 from gateway.live import Live
@@ -186,8 +187,8 @@ class Bench:
 
 async def test_what_is_applied_holds_and_the_one_before_returns_by_a_rollback() -> None:
     bench = Bench()
-    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann")
-    await bench.overlays.apply("config", {"timeouts.total": 40}, author="ann")
+    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann", expected=0)
+    await bench.overlays.apply("config", {"timeouts.total": 40}, author="ann", expected=1)
     assert bench.total == 40
 
     await bench.overlays.rollback("config", author="bob")
@@ -195,17 +196,30 @@ async def test_what_is_applied_holds_and_the_one_before_returns_by_a_rollback() 
     assert [one.state for one in bench.store.found] == ["applied", "rolled_back", "replaced"]
 
 
+async def test_a_change_that_was_made_from_another_revision_changes_nothing() -> None:
+    bench = Bench()
+    with pytest.raises(PreconditionFailed, match="the settings file alone is in force for 'config', not revision 3"):
+        await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann", expected=3)
+    await bench.overlays.canary("config", {"timeouts.total": 30}, author="ann", expected=0, lasts_s=60)
+    with pytest.raises(PreconditionFailed, match="revision 1 is in force for 'config', not the settings file alone"):
+        await bench.overlays.apply("config", {"timeouts.total": 40}, author="bob", expected=0)
+    bench.clock.advance(61)
+    with pytest.raises(PreconditionFailed):
+        await bench.overlays.canary("config", {"timeouts.total": 40}, author="bob", expected=1, lasts_s=60)
+    assert [one.number for one in bench.store.found] == [1]
+
+
 async def test_a_rollback_of_the_first_revision_is_back_to_the_file() -> None:
     bench = Bench()
-    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann")
+    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann", expected=None)
     await bench.overlays.rollback("config", author="ann")
     assert bench.total == 600
 
 
 async def test_a_canary_that_nobody_keeps_ends_by_itself() -> None:
     bench = Bench()
-    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann")
-    await bench.overlays.canary("config", {"timeouts.total": 5}, author="ann", lasts_s=60)
+    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann", expected=None)
+    await bench.overlays.canary("config", {"timeouts.total": 5}, author="ann", expected=None, lasts_s=60)
     assert bench.total == 5
 
     bench.clock.advance(61)
@@ -217,7 +231,7 @@ async def test_a_canary_that_nobody_keeps_ends_by_itself() -> None:
 
 async def test_a_canary_that_is_kept_stays() -> None:
     bench = Bench()
-    await bench.overlays.canary("config", {"timeouts.total": 5}, author="ann", lasts_s=60)
+    await bench.overlays.canary("config", {"timeouts.total": 5}, author="ann", expected=None, lasts_s=60)
     assert (await bench.overlays.keep("config")).state == "applied"
     bench.clock.advance(61)
     await bench.overlays.follow()
@@ -227,7 +241,7 @@ async def test_a_canary_that_is_kept_stays() -> None:
 async def test_another_replica_follows() -> None:
     bench = Bench()
     other = Overlays(bench.store, live := Live(declared()), bench.clock)
-    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann")
+    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann", expected=None)
     await other.follow()
     assert live.settings.timeouts.total == 30
 
@@ -235,13 +249,13 @@ async def test_another_replica_follows() -> None:
 async def test_an_overlay_with_a_fault_changes_nothing() -> None:
     bench = Bench()
     with pytest.raises(OverlayRefused, match=r"forebay\.yaml"):
-        await bench.overlays.apply("config", {"server.port": 1}, author="ann")
+        await bench.overlays.apply("config", {"server.port": 1}, author="ann", expected=None)
     assert bench.store.found == []
 
 
 async def test_what_was_in_force_stays_while_the_store_is_away() -> None:
     bench = Bench()
-    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann")
+    await bench.overlays.apply("config", {"timeouts.total": 30}, author="ann", expected=None)
     bench.store.is_away = True
     with pytest.raises(OSError, match="away"):
         await bench.overlays.follow()

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from core.chat import Usage
 from core.records import LegRecord, RequestRecord
+from core.spans import span_of_leg
 from gateway.otlp import Exporter
 from gateway.tracing import Finished, Trace, Tracing
 from tests.fakes.collector import Collector
@@ -51,18 +52,18 @@ def test_a_request_without_a_parent_begins_a_trace() -> None:
     trace = trace_of()
 
     assert trace.parent_id is None
-    assert trace.to_engine == f"00-{trace.hex_id}-{trace.span_id:016x}-01".encode()
+    assert trace.traceparent == f"00-{trace.hex_id}-{trace.span_id:016x}-01".encode()
     assert trace.hex_id != trace_of().hex_id
 
 
-def test_the_clients_span_is_the_parent_and_the_engine_is_told_of_ours() -> None:
+def test_the_clients_span_is_the_parent_and_others_are_told_of_ours() -> None:
     trace = trace_of(PARENT)
 
     assert trace.hex_id == "4bf92f3577b34da6a3ce929d0e0e4736"
     assert trace.parent_id == 0x00F067AA0BA902B7
     assert trace.span_id != trace.parent_id
-    assert trace.to_engine.startswith(b"00-4bf92f3577b34da6a3ce929d0e0e4736-")
-    assert trace.to_engine.endswith(f"-{trace.span_id:016x}-01".encode())
+    assert trace.traceparent.startswith(b"00-4bf92f3577b34da6a3ce929d0e0e4736-")
+    assert trace.traceparent.endswith(f"-{trace.span_id:016x}-01".encode())
 
 
 def test_the_client_decides_whether_it_is_traced() -> None:
@@ -103,7 +104,7 @@ async def exported(*finished: Finished) -> Collector:
 
 
 async def test_a_request_is_a_tree_of_queue_and_legs() -> None:
-    legs = (LegRecord("big-0", "big", 0.2, 0.3, "lost"), LegRecord("big-1", "big", 0.5, 0.5, "done"))
+    legs = (LegRecord("big-0", "big", 0.2, 0.3, "lost"), LegRecord("big-1", "big", 0.5, 0.5, "done", recomputed=7))
     trace = trace_of(PARENT)
     finished = record(
         model="big", asked_model="big", worker="big-1", stream=True, attempts=2, queue_s=0.2, first_byte_s=0.6,
@@ -118,6 +119,7 @@ async def test_a_request_is_a_tree_of_queue_and_legs() -> None:
     assert {span.trace_id for span in spans} == {trace.hex_id}
     assert root.parent_id == "00f067aa0ba902b7"
     assert {span.parent_id for span in spans[1:]} == {root.id} == {f"{trace.span_id:016x}"}
+    assert [span.id for span in (first, second)] == [f"{span_of_leg(trace.span_id, index):016x}" for index in (0, 1)]
     assert (root.started_at, root.ended_at) == pytest.approx((100.0, 101.0))
     assert (queue.started_at, queue.ended_at) == pytest.approx((100.0, 100.2))
     assert (second.started_at, second.ended_at) == pytest.approx((100.5, 101.0))
@@ -144,7 +146,16 @@ async def test_a_request_is_a_tree_of_queue_and_legs() -> None:
     assert first.attributes["error.type"] == "lost"
     assert first.attributes["forebay.worker"] == "big-0"
     assert [span.is_error for span in spans] == [False, False, True, False]
-    assert "error.type" not in second.attributes
+    assert second.attributes == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "vllm",
+        "gen_ai.request.model": "big",
+        "forebay.worker": "big-1",
+        "forebay.leg.index": 1,
+        "forebay.leg.cause": "done",
+        "forebay.leg.is_resumed": True,
+        "forebay.leg.recomputed_tokens": 7,
+    }
 
 
 @pytest.mark.parametrize(

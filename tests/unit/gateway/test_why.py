@@ -33,6 +33,7 @@ def test_a_plain_answer_is_told_in_full() -> None:
         record(
             worker="small-0",
             attempts=1,
+            stream=True,
             first_byte_s=0.25,
             usage=Usage(10, 20, 4),
             cost=9_000_000,
@@ -41,12 +42,16 @@ def test_a_plain_answer_is_told_in_full() -> None:
     )
 
     assert text == (
-        "The tenant 'acme', with the key 'key_1', asked for a chat answer of the model 'small'. "
+        "The tenant 'acme', with the key 'key_1', asked for a chat answer of the model 'small', streamed. "
         "It did not have to wait, and 'small-0' began at once. "
         "The answer, status 200, was complete after 1.5 s, its first byte after 250 ms. "
         "It used 10 tokens of prompt (4 of them from the engine's own prefix cache) and 20 of answer, "
         "for 0.000009 USD."
     )
+
+
+def test_the_first_byte_of_a_whole_answer_is_nothing_to_tell_of() -> None:
+    assert "first byte" not in paragraph(record(first_byte_s=1.5, legs=(leg("small-0"),)))
 
 
 def test_nothing_is_said_of_what_is_not_built() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from core.ids import LegId, ModelName, RequestId, TenantId, WorkerId
 from routing.fairness.policy import Fairness
 from routing.replicas.desks import Desks
-from routing.replicas.messages import Envelope, ReplicaId, pack, unpack
+from routing.replicas.messages import Envelope, Handover, ReplicaId, Summons, pack, unpack
 from routing.replicas.names import request_of
 from routing.scheduler import (
     Abort,
@@ -180,6 +180,13 @@ class World:
                 gateway.desks.follow(model, holder, epoch, self.now)
         gateway.carry_out(gateway.desks.lose(living, self.now))
         gateway.desks.beat()
+        if (due := gateway.desks.to_hand_over(self.now)) is not None:
+            model, epoch, successor = due
+            gateway.desks.give_up(model, self.now)
+            if self.leases[model][:2] == (epoch, gateway.name) and successor in living:
+                self.epoch += 1
+                self.leases[model] = (self.epoch, successor, self.now + TTL_S)
+                gateway.desks.announce(model, successor)
 
     # The network
 
@@ -197,6 +204,13 @@ class World:
         if gateway is not None:
             for message in envelope.messages:
                 gateway.carry_out(gateway.desks.receive(envelope.sender, message, self.now))
+                if isinstance(message, Handover):
+                    self.round(gateway)
+
+    def begin_again(self, gateway: Gateway) -> None:
+        """Summon the gateway, whatever session it is in."""
+        status = gateway.desks.statuses[0]
+        gateway.desks.receive(ReplicaId(status.holder), Summons(MODEL, status.epoch, session=1 << 60), self.now)
 
     def settle(self) -> None:
         """Deliver all that is under way, and what follows."""

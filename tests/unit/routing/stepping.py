@@ -102,7 +102,7 @@ class Run:
 
     def _measure(self) -> None:
         """Follow how far apart the service of two tenants drifts while both have a queue."""
-        models = self.world.scheduler._models.values()
+        models = self.world.scheduler._books.models.values()
         accounts = [account for model in models for account in model.line.accounts.values()]
         queued = {account.tenant for account in accounts if account.is_backlogged}
         for pair in combinations(sorted({job.tenant for job in self.jobs.values()}), 2):

@@ -74,7 +74,7 @@ def test_without_a_budget_for_waste_it_is_no_worse_than_vtc(crowd: list[Job], sl
 def test_waste_stays_within_its_share_and_a_burst(some: list[Job], slots: int, kept: int, share: float) -> None:
     fairness = msgspec.structs.replace(FREE, credit=500, waste_share=share, waste_burst=200)
 
-    waste = Run(some, fairness, slots=slots, kept=kept).world.scheduler._models[M].line.waste
+    waste = Run(some, fairness, slots=slots, kept=kept).world.scheduler._books.models[M].line.waste
 
     context = LONGEST_PROMPT + LONGEST_ANSWER
     assert waste.wasted <= share * waste.useful + 2 * fairness.waste_burst + 2 * slots * context

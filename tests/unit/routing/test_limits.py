@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import pytest
+
 from core.errors import LimitsUnavailable
 from routing.limits import FallbackLimiter, Granted, LocalLimiter, Meter, OpenAnswers, Refused, Verdict
 
@@ -95,6 +97,20 @@ class SharedCounts:
         self.settled.append(tuple(used))
         for meter in meters:
             self._open.add(meter.key, -meter.amount)
+
+    async def forget(self, tenant: str, end_user: str | None) -> None:
+        raise LimitsUnavailable("away")
+
+
+async def test_counts_are_forgotten_here_though_the_shared_ones_cannot_be_reached() -> None:
+    local, count = LocalLimiter(), Meter("requests/end_user/acme/ann", "window", 5, 2)
+    await local.reserve((count,), NOW)
+    with pytest.raises(LimitsUnavailable):
+        await FallbackLimiter(SharedCounts(OpenAnswers()), local).forget("acme", "ann")
+
+    verdict = await local.reserve((count,), NOW)
+    assert isinstance(verdict, Granted)
+    assert verdict.remaining == (3,)
 
 
 async def test_whoever_granted_is_told_and_both_know_what_is_open() -> None:

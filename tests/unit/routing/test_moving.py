@@ -49,6 +49,59 @@ def test_a_draining_worker_keeps_its_answers_until_another_has_room() -> None:
     assert starts(world.let_go()) == [("a", "m-1")]
 
 
+def drained_under_a_backlog(slots: int = 2) -> World:
+    """Return a world with a full worker that drains, another that is full, and two requests that wait."""
+    world = World(view("m-0", slots=slots), view("m-1", slots=slots))
+    begun(world, *(f"{name}{number}" for number in range(slots) for name in "ab"))
+    world.submit("c", "c")
+    world.submit("d", "d")
+    assert aborts(world.worker(view("m-0", slots=slots, draining=True))) == []
+    return world
+
+
+def on(world: World, worker: str) -> list[str]:
+    """Return the legs on a worker."""
+    return [leg for leg, start in world.running.items() if start.worker == worker]
+
+
+def test_what_drains_takes_the_next_slot_that_comes_free_elsewhere_before_those_that_wait() -> None:
+    world = drained_under_a_backlog()
+    drains, stays = on(world, "m-0"), on(world, "m-1")
+
+    for leg, done in zip(drains, stays, strict=True):
+        effects = world.end(done)
+        assert (aborts(effects), starts(effects)) == ([(leg, "drained")], [])
+        assert starts(world.let_go()) == [(leg.partition("/")[0], "m-1")]
+    assert [name for leg in on(world, "m-1") for name, _ in starts(world.end(leg))] == ["c", "d"]
+    assert world.num_running(WorkerId("m-0")) == 0
+
+
+def test_who_lost_its_worker_goes_on_before_what_drains() -> None:
+    world = World(view("m-0"), view("m-1"), view("m-2"))
+    begun(world, "a", "b", "c")
+    world.worker(view("m-0", draining=True))
+    world.worker(view("m-2", ready=False, may_return=True))
+    world.end("c/0", "lost", can_resume=True)
+
+    assert starts(world.end("b/0")) == [("c", "m-1")]
+    assert aborts(world.end("c/1")) == [("a/0", "drained")]
+
+
+def test_what_drains_stays_where_it_is_if_no_other_worker_could_take_it() -> None:
+    for others in ((), (view("m-1", ready=False, may_return=True),), (view("m-1", healthy=False),)):
+        world = World(view("m-0"), *others)
+        begun(world, "a")
+        (leg,) = world.legs()
+        busy = world.running[leg].worker
+        effects = world.worker(view(busy, draining=True))
+        world.submit("b", "b", pinned=False)
+
+        assert aborts(effects) == []
+        world.advance(20.0)
+        world.end(leg)
+        assert world.ended == {"a": "leg"}
+
+
 def test_a_slot_is_kept_for_an_answer_on_its_way() -> None:
     world = World(view("m-0"), view("m-1"))
     begun(world, "a")
@@ -79,7 +132,7 @@ def uneven(tokens: int = 4000, delivered: int = 1000) -> World:
     """Return a world with four answers on one worker, and an empty one; both are known to slow down under load."""
     world = World(view("m-0", slots=4), view("m-1", slots=4, ready=False, may_return=True), fairness=GENEROUS)
     begun(world, "a", "b", "c", "d", tokens=tokens, delivered=delivered)
-    source = world.scheduler._workers[WorkerId("m-0")]
+    source = world.scheduler._books.workers[WorkerId("m-0")]
     for load in (1, 2, 3, 4) * 3:
         source.pace.observe_step(load, 0.01 * load)
         source.pace.observe_prefill(100, 0.01)

@@ -5,7 +5,7 @@ import pytest
 
 from core.ids import ModelName, RequestId, WorkerId
 from routing.fairness.account import Place
-from routing.fairness.policy import Fairness
+from routing.fairness.policy import Fairness, Policy
 from tests.fakes.workers import view
 from tests.unit.routing.world import World, aborts, rejects, starts
 
@@ -287,7 +287,7 @@ def test_a_model_that_nobody_asked_for_has_an_empty_view() -> None:
     assert world.scheduler.fairness_view(ModelName("x")).tenants == ()
     assert world.scheduler.waste_left(ModelName("x")) == 0.0
     assert World(fairness=Fairness(policy="vtc")).scheduler.waste_left(ModelName("m")) is None
-    assert world.scheduler._models == {}
+    assert world.scheduler._books.models == {}
 
 
 def test_a_policy_may_be_replaced_while_requests_wait() -> None:
@@ -300,3 +300,61 @@ def test_a_policy_may_be_replaced_while_requests_wait() -> None:
 
     assert starts(world.end("running/0")) == [("second", "m-0")]
     assert world.scheduler.num_running(WorkerId("m-0")) == 1
+
+
+def unread(policy: Policy = "vtc-pc") -> World:
+    """Return a world whose slots are held by answers that nobody reads, with no budget for waste."""
+    world = World(view(slots=3), fairness=Fairness(policy=policy, waste_share=0.0, waste_burst=1))
+    for name in ("a", "b", "c"):
+        world.submit(name, "slow", tokens=1000, prompt=10, pinned=name == "c")
+        world.first_token(f"{name}/0", prefilled=10)
+        world.tokens(f"{name}/0", 20)
+        world.stall(f"{name}/0")
+    return world
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "drr", "vtc", "vtc-pc", "priority"])
+def test_slots_whose_engines_wait_for_a_reader_are_given_to_who_waits(policy: Policy) -> None:
+    world = unread(policy)
+    assert world.cuts == {}
+
+    cut = [leg for name in ("x", "y", "z") for leg in aborts(world.submit(name, name, prompt=5))]
+
+    assert cut == [("a/0", "preempted"), ("b/0", "preempted")], "the third must not be cut"
+    assert starts(world.let_go()) == [("x", "m-0"), ("y", "m-0")]
+    told = world.scheduler.explain(RequestId("a"))[0].text
+    assert told == (
+        "took the slot of a of tenant slow on m-0 for x of tenant x: the engine waited for the reader of the answer"
+    )
+
+
+def test_an_engine_that_comes_to_wait_for_a_reader_while_somebody_waits_gives_its_slot_at_once() -> None:
+    world = World(view(), fairness=Fairness(policy="fcfs"))
+    world.submit("a", "slow", tokens=1000, prompt=10, pinned=False)
+    world.first_token("a/0", prefilled=10)
+    world.submit("x", "x")
+
+    assert aborts(world.stall("a/0")) == [("a/0", "preempted")]
+    assert world.stall("a/0") == []
+    assert starts(world.let_go()) == [("x", "m-0")]
+    assert world.stall("a/0") == []
+
+
+def test_the_tenant_pays_for_what_its_slow_reader_makes_an_engine_compute_again() -> None:
+    world = unread()
+    world.submit("x", "x", prompt=5)
+    world.let_go()
+    before = world.scheduler.fairness_view(ModelName("m"))
+    world.end("x/0")
+    world.first_token("a/1", prefilled=30)
+
+    after = world.scheduler.fairness_view(ModelName("m"))
+    assert after.tenants[0].attained == before.tenants[0].attained + 30
+    assert (after.wasted_tokens, after.lost_tokens) == (0, 0)
+
+
+def test_a_slow_reader_on_a_worker_that_drains_is_left_to_the_drain() -> None:
+    world = unread()
+    world.worker(view(slots=3, draining=True))
+
+    assert aborts(world.submit("x", "x")) == []

@@ -3,10 +3,10 @@
 import pytest
 
 from core.ids import LegId, ModelName, RequestId, WorkerId
-from routing.replicas.desk import COLLECT_S
-from routing.replicas.messages import Effects, ReplicaId
+from routing.replicas.messages import Effects, Learned, ReplicaId
+from routing.replicas.spreading import SETTLED_S, best_of
 from routing.scheduler import FirstToken, Start, Tokens
-from tests.unit.routing.replicas_world import MODEL, Gateway, World
+from tests.unit.routing.replicas_world import BEAT_S, DEAD_AFTER_S, MODEL, Gateway, World
 
 W0 = WorkerId("w0")
 
@@ -116,20 +116,46 @@ def test_slots_of_a_killed_gateway_are_free_again(world: World) -> None:
     assert list(other.legs) == ["r/0"]
 
 
-def test_a_new_holder_waits_for_those_that_live_and_not_for_ever(world: World) -> None:
+def test_a_new_holder_waits_for_those_that_live_for_as_long_as_they_live(world: World) -> None:
+    silent, other = followers(world)
     for number in range(4):
-        followers(world)[0].submit(f"r{number}")
+        silent.submit(f"r{number}")
     world.settle()
     world.kill(world.holder)
-    world.is_strict = False  # nothing arrives: in the end it gives away slots that it does not know of
-    times: dict[str, float] = {}
-    while "leading" not in roles(world):
+    world.gateways.sort(key=lambda one: one is silent)  # the other one is the first to look at the lease
+    other.submit("waits")
+    for _ in range(60):
         world.turn(0.1)
         world.post()
-        world.network.clear()
-        for role in roles(world):
-            times.setdefault(role, world.now)
-    assert COLLECT_S <= times["leading"] - times["collecting"] <= COLLECT_S + 0.2
+        world.network.clear()  # nothing arrives
+    assert roles(world) == ["collecting", "following"]
+    world.kill(silent)
+    world.live(DEAD_AFTER_S + 2 * BEAT_S)
+    assert roles(world) == ["leading"]
+    assert list(other.legs) == ["waits/0"]
+
+
+def test_a_gateway_that_does_not_have_the_model_is_not_waited_for() -> None:
+    world = World(2)
+    world.gateways.append(Gateway(world, "stranger", ()))
+    world.live(1.0)
+    world.gateways[0].submit("r")
+    world.settle()
+    assert list(world.gateways[0].legs) == ["r/0"]
+
+
+def test_what_waits_is_started_once_though_it_is_told_twice(world: World) -> None:
+    """As by one that sees the lease change hands, and is summoned a moment later."""
+    gateway = followers(world)[0]
+    for number in range(12):
+        gateway.submit(f"r{number}")
+    for _ in range(2):
+        world.begin_again(gateway)
+        world.post()
+        world.deliver(gateway.name, world.holder.name)
+    world.settle()
+    assert [world.running(worker) for worker in world.workers] == [2, 2]
+    finish_all(world)
 
 
 @pytest.mark.parametrize("field", ["epoch", "session", "number"])
@@ -409,3 +435,95 @@ def test_what_waits_is_started_once_when_an_end_was_lost() -> None:
     assert list(gateway.legs) == ["second/0"]
     assert not gateway.rejected
     finish_all(world)
+
+
+def test_a_hog_does_not_start_even_when_the_holder_is_killed() -> None:
+    world = World(4, {"w0": 1})
+    world.live(1.0)
+    hog, light, _ = followers(world)
+    world.gateways.sort(key=lambda one: one in (hog, light))  # they are the last to look at the lease
+    for number in range(4):
+        hog.submit(f"hog{number}", tenant="hog")
+    world.settle()
+    hog.on(FirstToken(leg=LegId("hog0/0"), now=world.now))
+    hog.on(Tokens(leg=LegId("hog0/0"), num=20_000, now=world.now))
+    world.live(0.4)
+    light.submit("light", tenant="light")
+    for _ in range(2):
+        world.kill(world.holder)
+        world.live(3.2)
+    hog.end(LegId("hog0/0"), "done")
+    world.settle()
+    assert list(light.legs) == ["light/0"], "who had nothing is first, though the others wait for longer"
+    view = world.holder.desks.fairness_view(MODEL, world.now)
+    assert max(view.tenants, key=lambda one: one.counter).tenant == "hog"
+
+
+def test_how_a_model_is_shared_is_known_to_all_and_how_long_ago_it_was_told(world: World) -> None:
+    holder, gateway = world.holder, followers(world)[0]
+    gateway.submit("r", tenant="acme")
+    world.settle()
+    world.live(0.4)
+    world.kill(holder)
+    view = gateway.desks.fairness_view(MODEL, world.now + 0.3)
+    assert [(one.tenant, one.running) for one in view.tenants] == [("acme", 1)]
+    assert (view.holder, round(view.age, 3)) == (holder.name, 0.3)
+    assert gateway.desks.waste_left(MODEL) is None
+
+
+def test_learned_values_of_another_time_are_refused(world: World) -> None:
+    gateway = followers(world)[0]
+    before = gateway.desks.fairness_view(MODEL, world.now)
+    memory = World.scheduler().memory(MODEL, 1)
+    for sender, epoch in ((ReplicaId("stranger"), gateway.desks.statuses[0].epoch), (world.holder.name, 0)):
+        gateway.desks.receive(sender, Learned(MODEL, epoch, memory), world.now + 1)
+    assert gateway.desks.fairness_view(MODEL, world.now) == before
+
+
+def test_leases_are_spread_over_the_gateways_and_stay_where_they_are() -> None:
+    models = [ModelName(f"m{number}") for number in range(12)]
+    world = World(3, {}, shared=models)
+    for number, model in enumerate(models):
+        world.workers[WorkerId(f"w{number}")] = 1
+        for gateway in world.gateways:
+            world.tell_worker(gateway, WorkerId(f"w{number}"), model=model)
+    world.live(0.8)
+    assert {holder for _, holder, _ in world.leases.values()} == {world.gateways[0].name}
+    world.live(SETTLED_S + 12 * BEAT_S)
+    spread = {model: holder for model, (_, holder, _) in world.leases.items()}
+    assert set(spread.values()) == {gateway.name for gateway in world.gateways}
+    assert spread == {model: best_of(model, [gateway.name for gateway in world.gateways]) for model in models}
+    epochs = {model: epoch for model, (epoch, _, _) in world.leases.items()}
+    world.live(10 * SETTLED_S)
+    assert epochs == {model: epoch for model, (epoch, _, _) in world.leases.items()}, "nothing moves any more"
+
+
+def test_at_most_one_lease_is_handed_over_with_a_beat() -> None:
+    models = [ModelName(f"m{number}") for number in range(12)]
+    world = World(2, {}, shared=models)
+    for number, model in enumerate(models):
+        world.workers[WorkerId(f"w{number}")] = 1
+        for gateway in world.gateways:
+            world.tell_worker(gateway, WorkerId(f"w{number}"), model=model)
+    before = dict(world.leases)
+    for _ in range(30):
+        world.live(BEAT_S)
+        moved = [model for model in before if world.leases[model][0] != before[model][0]]
+        assert len(moved) <= 1
+        before = dict(world.leases)
+
+
+def test_a_lease_is_handed_over_without_a_pause_and_nothing_is_lost() -> None:
+    world = World(3)
+    world.live(0.8)
+    assert best_of(MODEL, [gateway.name for gateway in world.gateways]) != world.holder.name, "choose other names"
+    for number in range(12):
+        world.gateways[number % 3].submit(f"r{number}")
+    world.settle()
+    first, running = world.holder, set(world.legs)
+    while world.holder is first:
+        world.live(BEAT_S)  # in which one always leads
+    assert set(world.legs) == running
+    assert world.now <= SETTLED_S + 4 * BEAT_S
+    finish_all(world)
+    assert sum(sum(gateway.ended.values()) for gateway in world.gateways) == 12

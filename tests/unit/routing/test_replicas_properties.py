@@ -25,6 +25,18 @@ class Gateways(RuleBasedStateMachine):
         gateway.submit(f"r{self.number}", tenant=tenant, queue_timeout=1e9, is_pinned=False)
         self.number += 1
 
+    @rule(which=st.integers(0, 3))
+    def submit_many(self, which: int) -> None:
+        for _ in range(6):
+            self.submit(which, "d")
+
+    @precondition(lambda self: self.world.legs)
+    @rule()
+    def end_all(self) -> None:
+        for gateway in self.world.gateways:
+            for leg in tuple(gateway.legs):
+                gateway.end(leg, "done")
+
     @precondition(lambda self: self.world.legs)
     @rule(which=st.integers(0, 100))
     def deliver_tokens(self, which: int) -> None:
@@ -66,6 +78,12 @@ class Gateways(RuleBasedStateMachine):
         links = sorted(link for link, queue in self.world.network.items() if queue)
         if links:
             self.world.network[links[which % len(links)]].clear()
+
+    @rule(which=st.integers(0, 3))
+    def begin_again(self, which: int) -> None:
+        gateway = self.world.gateways[which % len(self.world.gateways)]
+        if gateway.desks.statuses[0].role == "following":
+            self.world.begin_again(gateway)
 
     @rule()
     def turn(self) -> None:

@@ -2,9 +2,10 @@
 
 import pytest
 
+from routing.fairness.policy import Fairness
 from routing.scheduler import BUSY_PAUSE_S, Abort, Cause, FirstToken, LegEnded, Limits, Reject, Tokens, WorkerView
 from tests.fakes.workers import view
-from tests.unit.routing.world import World, rejects, starts
+from tests.unit.routing.world import World, aborts, rejects, starts
 
 
 def gone(worker: str = "m-0") -> WorkerView:
@@ -45,6 +46,49 @@ def test_delivered_tokens_are_no_longer_outstanding() -> None:
     world.tokens("long/0", 95)
 
     assert starts(world.submit("next")) == [("next", "m-0")]
+
+
+def test_a_worker_whose_memory_is_nearly_full_gets_nothing_until_there_is_room() -> None:
+    world = World(view("m-0", slots=9, kv_tokens=1000))
+    world.submit("a", prompt=600, tokens=1000)
+    world.tokens("a/0", 140)
+    assert starts(world.submit("b", prompt=5)) == [("b", "m-0")]
+    world.tokens("a/0", 20)
+
+    assert world.submit("c", prompt=5) == []
+    assert starts(world.end("b/0")) == []
+    assert starts(world.end("a/0")) == [("c", "m-0")]
+
+
+def test_a_worker_always_has_room_for_one_whatever_its_memory() -> None:
+    world = World(view("m-0", slots=2, kv_tokens=100))
+
+    assert starts(world.submit("long", prompt=500, tokens=600)) == [("long", "m-0")]
+    assert world.submit("next") == []
+
+
+def test_what_an_engine_has_in_its_cache_already_takes_no_more_of_its_memory() -> None:
+    world = World(view("m-0", slots=100, kv_tokens=1000))
+    for number in range(60):
+        world.submit(f"r{number}", prompt=500, tokens=600)
+        world.first_token(f"r{number}/0", prefilled=5)
+        world.end(f"r{number}/0")
+
+    for number in range(12):
+        assert starts(world.submit(f"s{number}", prompt=500, tokens=600)) == [(f"s{number}", "m-0")]
+
+
+def test_nobody_is_cut_where_the_slot_could_not_be_used_for_want_of_memory() -> None:
+    eager = Fairness(threshold=10, credit=1000, quantum=4, waste_share=1.0, waste_burst=10_000)
+    world = World(view("m-0", slots=2, kv_tokens=1000), fairness=eager)
+    for name, tenant, prompt in (("huge", "other", 700), ("small", "hog", 10)):
+        world.submit(name, tenant, prompt=prompt, tokens=5000, pinned=False)
+        world.first_token(f"{name}/0", prefilled=prompt)
+    world.tokens("huge/0", 100)
+    world.tokens("small/0", 500)  # its tenant is further ahead, but without it there would be no room either
+    world.now += 1.0
+
+    assert aborts(world.submit("light", "light", prompt=5)) == [("huge/0", "preempted")]
 
 
 def test_an_ill_worker_gets_what_no_healthy_one_can_take() -> None:

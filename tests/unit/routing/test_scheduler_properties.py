@@ -91,6 +91,11 @@ class AnyHistory(RuleBasedStateMachine):
             self.world.first_token(leg)
         self.world.tokens(leg, num)
 
+    @precondition(lambda self: self.world.running)
+    @rule(data=st.data())
+    def stall(self, data: st.DataObject) -> None:
+        self.world.stall(data.draw(st.sampled_from(self.world.legs())))
+
     @rule(tenant=st.sampled_from("abc"), model=st.sampled_from("mn"), num=st.integers(5, 80))
     def contend(self, tenant: str, model: str, num: int) -> None:
         """Two long answers that have come some way: what others may want to cut."""
@@ -111,8 +116,9 @@ class AnyHistory(RuleBasedStateMachine):
         state=st.sampled_from(["ready", "ill", "away", "gone", "draining", "drained"]),
         slots=st.integers(1, 2),
         incarnation=st.integers(0, 1),
+        kv_tokens=st.sampled_from([None, None, 30, 200]),
     )
-    def change(self, worker: str, state: str, slots: int, incarnation: int) -> None:
+    def change(self, worker: str, state: str, slots: int, incarnation: int, kv_tokens: int | None) -> None:
         is_ready = state in {"ready", "ill", "draining"}
         self.world.worker(
             view(
@@ -123,6 +129,7 @@ class AnyHistory(RuleBasedStateMachine):
                 draining=state in {"draining", "drained"},
                 slots=slots,
                 incarnation=incarnation,
+                kv_tokens=kv_tokens,
             )
         )
 
@@ -154,14 +161,16 @@ test_any_history_keeps_the_rules = AnyHistory.TestCase
 def quiet(world: World) -> None:
     """Nothing runs and nothing waits: no slot, promise or debt may be left."""
     scheduler = world.scheduler
-    assert not scheduler._requests
-    assert not scheduler._legs
-    for worker in scheduler._workers.values():
-        assert (worker.outstanding, worker.num_running, worker.num_cutting, worker.num_held) == (0, 0, 0, 0)
+    assert not scheduler._books.requests
+    assert not scheduler._books.legs
+    for worker in scheduler._books.workers.values():
+        assert (worker.num_running, worker.num_cutting, worker.num_held) == (0, 0, 0)
+        assert (worker.outstanding, worker.kv_tokens) == (0, 0)
         assert not worker.legs
-    for model in scheduler._models.values():
+    for model in scheduler._books.models.values():
         assert not len(model.line)
         assert not model.cuttable
+        assert not model.unread
         assert model.num_held == 0
         assert (model.line.num_leaving, model.line.num_claiming) == (0, 0)
         for account in model.line.accounts.values():

@@ -20,6 +20,7 @@ from routing.scheduler import (
     Limits,
     Reject,
     Scheduler,
+    Stalled,
     Start,
     Submit,
     Tick,
@@ -53,6 +54,7 @@ class World:
         self.committed: set[RequestId] = set()
         self.cuts: dict[LegId, CutFor] = {}
         self.ran: Counter[LegId] = Counter()
+        self.stalled: set[LegId] = set()
         self.delivered: Counter[RequestId] = Counter()
         self.may_go_on: set[RequestId] = set()
         self.num_cuts = 0
@@ -154,6 +156,10 @@ class World:
         self.delivered[self.running[LegId(leg)].request] += num
         return self.feed(Tokens(leg=LegId(leg), num=num, now=self.now))
 
+    def stall(self, leg: str) -> list[Effect]:
+        self.stalled.add(LegId(leg))
+        return self.feed(Stalled(leg=LegId(leg), now=self.now))
+
     def cancel(self, request: str) -> list[Effect]:
         name = RequestId(request)
         if name not in self.ended and name not in self.cancelled:
@@ -175,8 +181,12 @@ class World:
         self.events.append(event)
         effects = self.scheduler.on(event)
         self.effects.append(effects)
-        preempted = [effect for effect in effects if isinstance(effect, Abort) and effect.why == "preempted"]
-        assert len(preempted) <= PER_DECISION
+        preempted = Counter(
+            self.running[effect.leg].model
+            for effect in effects
+            if isinstance(effect, Abort) and effect.why == "preempted" and effect.leg not in self.stalled
+        )
+        assert all(num <= PER_DECISION for num in preempted.values())
         for effect in effects:
             self._take(effect)
         if self.checks_always:
@@ -206,13 +216,17 @@ class World:
         self.num_cuts += 1
         if abort.why == "preempted":
             for request in self.waiting:
-                known = self.scheduler._requests.get(request)
+                known = self.scheduler._books.requests.get(request)
                 if known is not None and known.place is Place.CLAIMING and known.model == start.model:
                     self._claimants[request] = start.model
         assert not self.requests[start.request].is_pinned
         pending = [leg for leg, why in self.cuts.items() if self.running[leg].worker == start.worker]
         assert sum(self.cuts[leg] != "cancelled" for leg in pending) <= PER_WORKER
-        if abort.why != "drained":
+        if abort.why in {"drained", "migrated"}:
+            target = self.scheduler._books.requests[start.request].target
+            assert target is not None, "nowhere to go on"
+            assert target.view.id != start.worker
+        if abort.why != "drained" and abort.leg not in self.stalled:
             assert self.ran[abort.leg] >= self.fairness.get(start.model, _DEFAULT).quantum
             assert not self.views[start.worker].is_draining
 
@@ -224,7 +238,12 @@ class World:
         assert request not in self.cancelled
         assert start.leg not in self.running
         assert all(other.request != request for other in self.running.values())
-        claimants = [one for one, model in self._claimants.items() if model == start.model and one in self.waiting]
+        known = self.scheduler._books.requests
+        claimants = [
+            one
+            for one, model in self._claimants.items()
+            if model == start.model and one in self.waiting and known[one].model == model
+        ]
         assert not claimants or request in claimants, "a slot that was freed for another"
         self._claimants.pop(request, None)
         assert view.is_ready
@@ -255,19 +274,19 @@ class World:
             assert self.scheduler.num_waiting(model) <= self.limits.queue + slots[model]
         for worker in self.views:
             assert self.scheduler.num_running(worker) == self.num_running(worker)
-            assert self.scheduler._workers[worker].num_cutting == sum(
+            assert self.scheduler._books.workers[worker].num_cutting == sum(
                 why != "cancelled" and self.running[leg].worker == worker for leg, why in self.cuts.items()
             )
             self._check_tokens(worker)
         self._check_wakeup()
 
     def _check_tokens(self, worker: WorkerId) -> None:
-        outstanding = self.scheduler._workers[worker].outstanding
+        outstanding = self.scheduler._books.workers[worker].outstanding
         most = sum(self.requests[s.request].tokens_estimate for s in self.running.values() if s.worker == worker)
         assert 0 <= outstanding <= most
 
     def _check_wakeup(self) -> None:
-        deadlines = [self.scheduler._requests[request].deadline for request in self.waiting]
+        deadlines = [self.scheduler._books.requests[request].deadline for request in self.waiting]
         deadlines = [deadline for deadline in deadlines if deadline < FOREVER]
         if deadlines:
             wakeup = self.scheduler.next_wakeup()
@@ -277,9 +296,9 @@ class World:
     def check_work_conserving(self) -> None:
         """Call when no wake-up is overdue."""
         for request in self.waiting:
-            state = self.scheduler._requests[request]
+            state = self.scheduler._books.requests[request]
             for view in self.views.values():
-                worker = self.scheduler._workers[view.id]
+                worker = self.scheduler._books.workers[view.id]
                 is_able = view.model == state.model and worker.room > 0 and worker.breaker.allows(self.now)
                 assert not (is_able and self.now >= state.not_before), f"{request} waits, and {view.id} has room"
 
@@ -293,7 +312,7 @@ class World:
         return sum(start.worker == worker for start in self.running.values())
 
     def place(self, request: str) -> Place:
-        return self.scheduler._requests[RequestId(request)].place
+        return self.scheduler._books.requests[RequestId(request)].place
 
     def legs(self) -> list[LegId]:
         return list(self.running)

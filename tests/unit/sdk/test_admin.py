@@ -244,6 +244,29 @@ def test_methods_have_their_help() -> None:
         assert (client.keys.rotate.__doc__ or "").startswith("Make a key of the same terms")
 
 
+def test_an_overlay_names_the_revision_that_it_replaces() -> None:
+    revision = {
+        "resource": "fairness",
+        "number": 8,
+        "state": "applied",
+        "overlay": {},
+        "author": "ann",
+        "created_at": "2026-11-22T20:00:00Z",
+        "note": "",
+        "expires_at": None,
+    }
+    gateway = ScriptedGateway(*(answer(revision, 201) for _ in range(3)), error(412, "precondition_failed"))
+
+    with admin(gateway) as client:
+        made = client.policies.apply("fairness", {"retry.attempts": 1}, expect=None)
+        client.policies.canary("fairness", {"retry.attempts": 2}, expect=made.number, lasts_s=60)
+        client.config.apply({"timeouts.queue": 5}, expect="any")
+        with pytest.raises(forebay.PreconditionFailed):
+            client.config.apply({"timeouts.queue": 5}, expect=7)
+
+    assert [request.headers["if-match"] for request in gateway.requests] == ['"0"', '"8"', "*", '"7"']
+
+
 def test_an_end_user_is_erased_by_name() -> None:
     gateway = ScriptedGateway(answer({"records": 3}))
 

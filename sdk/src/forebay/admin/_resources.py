@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
-from typing import Any, TypeVar, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -74,8 +74,12 @@ def _get(kind: type[_AnswerT], at: str) -> Ask[_AnswerT]:
     return Ask("GET", at, _typed(kind))
 
 
-def _post(kind: type[_AnswerT], at: str, body: object = None) -> Ask[_AnswerT]:
-    return Ask("POST", at, _typed(kind), body=to_jsonable_python(body))
+def _post(kind: type[_AnswerT], at: str, body: object = None, *, if_match: str | None = None) -> Ask[_AnswerT]:
+    return Ask("POST", at, _typed(kind), body=to_jsonable_python(body), if_match=if_match)
+
+
+def _replacing(expect: int | Literal["any"] | None) -> str:
+    return "*" if expect == "any" else f'"{expect or 0}"'
 
 
 def _list(kind: type[_AnswerT], at: str, **params: object) -> Ask[Page[_AnswerT]]:
@@ -326,7 +330,11 @@ class Workers(Resource[RunnerT]):
 
 
 class Configuration(Resource[RunnerT]):
-    """The settings: what holds, and overlays over the file. An overlay maps dotted paths to values."""
+    """The settings: what holds, and overlays over the file. An overlay maps dotted paths to values.
+
+    ``expect`` names what a change replaces: the number of the revision in force, as ``show().revision`` tells it, None
+    if there is none, or "any". Where another one is in force, ``PreconditionFailed`` is raised and nothing is changed.
+    """
 
     @operation
     def show(self) -> Ask[Config]:
@@ -354,9 +362,12 @@ class Configuration(Resource[RunnerT]):
         return _list(Revision, "config/revisions")
 
     @operation
-    def apply(self, overlay: Mapping[str, Any], *, note: str = "") -> Ask[Revision]:
+    def apply(
+        self, overlay: Mapping[str, Any], *, expect: int | Literal["any"] | None, note: str = ""
+    ) -> Ask[Revision]:
         """Put an overlay in force in the place of the one before; raises ``BadRequest`` if it cannot be."""
-        return _post(Revision, "config/revisions", {"overlay": overlay, "note": note})
+        body = {"overlay": overlay, "note": note}
+        return _post(Revision, "config/revisions", body, if_match=_replacing(expect))
 
     @operation
     def rollback(self, number: int) -> Ask[InForce]:
@@ -365,7 +376,12 @@ class Configuration(Resource[RunnerT]):
 
 
 class Policies(Resource[RunnerT]):
-    """Policies, by kind. A kind that the gateway does not have raises ``NotFound``, code ``policy_not_available``."""
+    """Policies, by kind. A kind that the gateway does not have raises ``NotFound``, code ``policy_not_available``.
+
+    ``expect`` names what a change replaces: the number of the revision in force, as ``show(kind).revision`` tells it,
+    None if there is none, or "any". Where another one is in force, ``PreconditionFailed`` is raised and nothing is
+    changed.
+    """
 
     @operation
     def show(self, kind: PolicyKind) -> Ask[Policy]:
@@ -388,17 +404,26 @@ class Policies(Resource[RunnerT]):
         return _post(Changes, path("policies", kind) + ":diff", {"overlay": overlay})
 
     @operation
-    def apply(self, kind: PolicyKind, overlay: Mapping[str, Any], *, note: str = "") -> Ask[Revision]:
+    def apply(
+        self, kind: PolicyKind, overlay: Mapping[str, Any], *, expect: int | Literal["any"] | None, note: str = ""
+    ) -> Ask[Revision]:
         """Put an overlay in force for good; raises ``BadRequest`` if it cannot be."""
-        return _post(Revision, path("policies", kind) + ":apply", {"overlay": overlay, "note": note})
+        body = {"overlay": overlay, "note": note}
+        return _post(Revision, path("policies", kind) + ":apply", body, if_match=_replacing(expect))
 
     @operation
     def canary(
-        self, kind: PolicyKind, overlay: Mapping[str, Any], *, lasts_s: float = 600, note: str = ""
+        self,
+        kind: PolicyKind,
+        overlay: Mapping[str, Any],
+        *,
+        expect: int | Literal["any"] | None,
+        lasts_s: float = 600,
+        note: str = "",
     ) -> Ask[Revision]:
         """Put an overlay in force for a time; then what held before holds again, unless it is kept."""
         body = {"overlay": overlay, "lasts_s": lasts_s, "note": note}
-        return _post(Revision, path("policies", kind) + ":canary", body)
+        return _post(Revision, path("policies", kind) + ":canary", body, if_match=_replacing(expect))
 
     @operation
     def keep(self, kind: PolicyKind) -> Ask[Revision]:

@@ -291,7 +291,8 @@ class TenantShare(_Wire):
 class Fairness(_Wire):
     """How a model is shared. ``waste_left``: tokens that preemption may still have computed again; ``wasted_tokens``:
     those that were, ``lost_tokens``: likewise after failures; ``reserved``: slots kept for requests on their way.
-    ``shares``: the tenants that wait, then those that had most; empty in a list."""
+    ``shares``: the tenants that wait, then those that had most; empty in a list. ``holder``: the gateway that decides,
+    if several do so together; ``age_s``: how long ago it told."""
 
     model: str
     policy: str
@@ -306,6 +307,8 @@ class Fairness(_Wire):
     wasted_tokens: int = 0
     lost_tokens: int = 0
     waste_left: float = 0.0
+    holder: str | None = None
+    age_s: float = 0.0
     shares: list[TenantShare] = Field(default_factory=list)
 
 

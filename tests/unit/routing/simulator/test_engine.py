@@ -73,7 +73,7 @@ def test_a_cut_during_a_step_counts_at_its_end_and_gives_no_token() -> None:
     worker.begin_step(1)
     assert not worker.cut(LegId("a"))
     assert [(num, end) for _, num, end in worker.end_step()] == [(0, "aborted")]
-    assert worker.num_jobs == 0
+    assert worker.begin_step(1) is None
 
 
 def test_a_cut_between_steps_counts_at_once() -> None:
@@ -84,7 +84,7 @@ def test_a_cut_between_steps_counts_at_once() -> None:
     worker.begin_step(1)
     worker.end_step()
     assert worker.cut(LegId("b"))
-    assert worker.num_jobs == 0
+    assert worker.begin_step(1) is None
 
 
 def test_what_a_cut_leg_leaves_behind_makes_its_return_cheap() -> None:
@@ -169,7 +169,7 @@ def test_when_answers_outgrow_the_memory_the_youngest_starts_again_and_loses_no_
     run(worker)
     assert worker.num_restarts == 1
     assert (old.num_given, young.num_given) == (60, 60)
-    assert worker.num_jobs == 0
+    assert worker.begin_step(1) is None
 
 
 def test_a_dead_process_has_lost_its_jobs_and_its_memory() -> None:
@@ -178,7 +178,7 @@ def test_a_dead_process_has_lost_its_jobs_and_its_memory() -> None:
     worker.give(job("b", 50, 9, owner=2))
     worker.begin_step(1)
     assert [one.id for one in worker.lose_all()] == ["a", "b"]
-    assert (worker.num_jobs, worker.num_kv_tokens) == (0, 0)
+    assert (worker.begin_step(1), worker.num_kv_tokens) == (None, 0)
 
 
 def test_a_held_block_is_never_evicted() -> None:
