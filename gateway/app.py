@@ -34,7 +34,7 @@ _log = structlog.get_logger(__name__)
 _BACKLOG = 2048
 _SWEEP_INTERVAL_S = 1.0
 _WANTED_FILES = 65_536
-_COLLECT_AFTER = 20_000  # new objects; Python's own choice is 700
+_COLLECT_AFTER = 5_000  # new objects; Python's own choice is 700, and what lies about until then is memory
 _GRACE_S = 0.2  # what is written last is given this long to leave the machine
 
 

@@ -1,39 +1,61 @@
 """The ``forebay`` command: one module per group of verbs, joined here."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from gateway.cli.audit import audit
-from gateway.cli.budgets import budgets
-from gateway.cli.config import check, config, init
-from gateway.cli.db import db
-from gateway.cli.demo import demo
-from gateway.cli.doctor import doctor
-from gateway.cli.fairness import fairness
-from gateway.cli.fetch import fetch
-from gateway.cli.keys import keys
-from gateway.cli.models import models
-from gateway.cli.policies import policies
-from gateway.cli.requests import requests
-from gateway.cli.run import run
-from gateway.cli.serve import serve
-from gateway.cli.simulate import simulate
-from gateway.cli.tenants import tenants
-from gateway.cli.top import top
-from gateway.cli.usage import usage
-from gateway.cli.why import why
-from gateway.cli.workers import workers
-
 _EPILOG = "Start with `forebay run`. Each command has its own --help with an example."
+_MODULES = {  # where each verb lives
+    "audit": "audit",
+    "budgets": "budgets",
+    "check": "config",
+    "config": "config",
+    "db": "db",
+    "demo": "demo",
+    "doctor": "doctor",
+    "fairness": "fairness",
+    "fetch": "fetch",
+    "init": "config",
+    "keys": "keys",
+    "models": "models",
+    "policies": "policies",
+    "requests": "requests",
+    "run": "run",
+    "serve": "serve",
+    "simulate": "simulate",
+    "tenants": "tenants",
+    "top": "top",
+    "usage": "usage",
+    "why": "why",
+    "workers": "workers",
+}
 
 
-@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Verbs(click.Group):
+    """Imports a verb when it is asked for: what talks to a running gateway starts without all that a gateway needs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all verbs."""
+        return sorted([*_MODULES, *self.commands])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a verb, or None for a name that is none."""
+        module = _MODULES.get(cmd_name)
+        if module is None:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = getattr(import_module(f"gateway.cli.{module}"), cmd_name)
+        return command
+
+
+@click.group(
+    cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 def main() -> None:
     """Forebay: a gateway and cache layer in front of large language models."""
 
 
-@click.command(name="version")
+@main.command(name="version")
 def show_version() -> None:
     """Print the version.
 
@@ -45,10 +67,3 @@ def show_version() -> None:
         click.echo(f"forebay {version('forebay-server')}")
     except PackageNotFoundError:
         click.echo("forebay (run from its source folder, not installed)")
-
-
-_LOCAL = (run, serve, init, check, config, doctor, fetch, db, demo, simulate, show_version)
-_OF_A_RUNNING_GATEWAY = (workers, models, top, why, requests, usage, budgets, tenants, keys, policies, fairness, audit)
-
-for command in (*_LOCAL, *_OF_A_RUNNING_GATEWAY):
-    main.add_command(command)
