@@ -83,8 +83,8 @@ class Ledger:
                 await connection.execute(self._add, few)
             for some in _chunks(batch.records):
                 rows = [row_of(record) for record in some]
-                if is_sqlite:  # one step of the statement for all: each gives up the interpreter, and waits for it
-                    await connection.exec_driver_sql(insert_for_sqlite(len(rows)), tuple(chain.from_iterable(rows)))
+                if is_sqlite:
+                    await _insert_in_sqlite(connection, rows)
                 else:
                     await connection.exec_driver_sql(INSERT_FOR_POSTGRES, rows)
 
@@ -139,6 +139,19 @@ class Ledger:
             return tuple(_used(row, group_by) for row in rows)
 
         return await self._database.read(work)
+
+
+async def _insert_in_sqlite(connection: AsyncConnection, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Insert with as few steps as can be: each gives up the interpreter, and waits for it.
+
+    Of statements for any number of rows SQLite's driver would keep hundreds, prepared, with 50 kB each.
+    """
+    for size in (_CHUNK, 10, 1):
+        num, rest = divmod(len(rows), size)
+        if num:
+            many = [tuple(chain.from_iterable(rows[at * size : (at + 1) * size])) for at in range(num)]
+            await connection.exec_driver_sql(insert_for_sqlite(size), many)
+        rows = rows[len(rows) - rest :]
 
 
 def _chunks(rows: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -1,5 +1,6 @@
 """The request log: one row per finished request, found by people, forgotten after a while."""
 
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -113,6 +114,7 @@ INSERT_FOR_POSTGRES = f"INSERT INTO requests ({_COLUMNS}) VALUES ($1, $2, $3, $4
 """The statement that takes one row of ``row_of`` at a time."""
 
 
+@lru_cache(maxsize=8)
 def insert_for_sqlite(num_rows: int) -> str:
     """Return the statement that takes so many rows of ``row_of`` at once, one behind the other."""
     return f"INSERT INTO requests ({_COLUMNS}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * num_rows)  # noqa: S608

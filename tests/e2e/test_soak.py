@@ -19,7 +19,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 ROUNDS = 5
 WHOLE, STREAMED, LEFT, BROKEN = 4800, 3000, 2000, 200  # of one round
 CONNECTIONS = 24
-GROWTH = 1.08  # after the first round; Python's heap stays, malloc's arenas of the database's threads grow by 5 to 7 %
+GROWTH = 1.05  # after the first round
 BREAK = "please break"
 AMPLE: dict[str, Any] = {
     "limits": {"rpm": 10**6, "tpm": 10**9, "parallel": 150},  # a hundred that leak are refused
