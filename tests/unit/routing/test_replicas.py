@@ -480,13 +480,19 @@ def test_learned_values_of_another_time_are_refused(world: World) -> None:
     assert gateway.desks.fairness_view(MODEL, world.now) == before
 
 
-def test_leases_are_spread_over_the_gateways_and_stay_where_they_are() -> None:
+def twelve_models(num_gateways: int) -> tuple[list[ModelName], World]:
+    """Return gateways that share twelve models of one worker each."""
     models = [ModelName(f"m{number}") for number in range(12)]
-    world = World(3, {}, shared=models)
+    world = World(num_gateways, {}, shared=models)
     for number, model in enumerate(models):
         world.workers[WorkerId(f"w{number}")] = 1
         for gateway in world.gateways:
             world.tell_worker(gateway, WorkerId(f"w{number}"), model=model)
+    return models, world
+
+
+def test_leases_are_spread_over_the_gateways_and_stay_where_they_are() -> None:
+    models, world = twelve_models(3)
     world.live(0.8)
     assert {holder for _, holder, _ in world.leases.values()} == {world.gateways[0].name}
     world.live(SETTLED_S + 12 * BEAT_S)
@@ -499,12 +505,7 @@ def test_leases_are_spread_over_the_gateways_and_stay_where_they_are() -> None:
 
 
 def test_at_most_one_lease_is_handed_over_with_a_beat() -> None:
-    models = [ModelName(f"m{number}") for number in range(12)]
-    world = World(2, {}, shared=models)
-    for number, model in enumerate(models):
-        world.workers[WorkerId(f"w{number}")] = 1
-        for gateway in world.gateways:
-            world.tell_worker(gateway, WorkerId(f"w{number}"), model=model)
+    _, world = twelve_models(2)
     before = dict(world.leases)
     for _ in range(30):
         world.live(BEAT_S)
