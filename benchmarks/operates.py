@@ -1,13 +1,15 @@
 """What it costs to operate: limits, budgets, prices, a ledger and a request log, in SQLite, Redis and PostgreSQL.
 
-Claim: with all of it on, a request costs at most 1.3 times the CPU that the same gateway takes without it, and gateway
-processes that share Redis and PostgreSQL answer at least 0.8 of their number times what one answers.
+Claim: with all of it on, a request costs at most 1.3 times the CPU that the gateway of `benchmarks.overhead` takes,
+which has keys, metering, metrics and a request log in SQLite and nothing else; and gateway processes that share Redis
+and PostgreSQL answer at least 0.8 of their number times what one answers.
 
 Method: as in `benchmarks.overhead`: one core for the gateway, another for the load generator and the pretend engine;
-Redis and PostgreSQL run beside the latter, and their own CPU is not the gateway's. Every arm lives beside a gateway
-without limits and request log, is loaded in turn with it for a second or two, and stands for the ratio. CPU is counted
-until what was put off (booking, twice a second) is done. Each process of the scaling part has a core of its own; what
-this machine has too few cores for is not measured, and the report says so.
+Redis and PostgreSQL run beside the latter, or on cores of their own where there are enough, and their CPU is not the
+gateway's. Every arm lives beside that gateway, is loaded in turn with it for a second or two, and stands for the ratio.
+CPU is counted until what was put off (booking, twice a second) is done. Each process of the scaling part has a core of
+its own, and so has its load where there are enough; what this machine has too few cores for is not measured, and the
+report says so.
 
     python -m benchmarks.operates             everything, about 20 minutes
     python -m benchmarks.operates --quick     two rounds, within 4 minutes
@@ -15,12 +17,14 @@ this machine has too few cores for is not measured, and the report says so.
 
 import argparse
 import os
+import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.loopback.arms import ARMS, FOREBAY, Arm
 from benchmarks.loopback.processes import Cores, Failed, gateway, upstream
@@ -40,7 +44,6 @@ AT_LEAST = 0.8  # of linear
 PROCESSES = (1, 2, 4)
 SCALING_S = 3.0
 
-_NO_LOG = "request_log: {enabled: false}\n"
 _AMPLE = """\
     limits: {rpm: 1000000, tpm: 1000000000, parallel: 4000}
     budgets: [{usd: 100000, per: month}, {tokens: 1000000000, per: day}]
@@ -69,10 +72,9 @@ class Servers:
 
 
 def plain() -> Arm:
-    """The same gateway without all that is measured: keys, metering and metrics alone."""
+    """The gateway as `benchmarks.overhead` measures it."""
     forebay = next(arm for arm in ARMS if arm.name == "forebay")
-    note = "no limits, no budgets, no request log"
-    return replace(forebay, name="plain", note=note, files={"forebay.yaml": FOREBAY + _NO_LOG})
+    return replace(forebay, name="plain", note="keys, metering, metrics and a request log in SQLite, as in `overhead`")
 
 
 def arms(servers: Servers) -> list[Arm]:
@@ -93,24 +95,51 @@ def _operated(name: str, note: str, more: str = "") -> Arm:
     return replace(plain(), name=name, note=note, files={"forebay.yaml": text + _OPERATED + more})
 
 
+@dataclass(frozen=True)
+class Places:
+    """On which cores so many gateways run, the load of each, what they share, and the pretend engine."""
+
+    gateways: list[int]
+    loads: list[int]
+    servers: set[int]
+    engine: int
+
+    @classmethod
+    def of(cls, usable: Sequence[int], count: int) -> "Places":
+        """A core for each if there are enough; else gateways have one each and the last one has all the rest."""
+        rest = list(usable[count:])
+        if len(rest) < count + 3:
+            return cls(list(usable[:count]), rest[-1:] * count, {rest[-1]}, rest[-1])
+        return cls(list(usable[:count]), rest[:count], set(rest[count:-1]), rest[-1])
+
+
+def usable_cores() -> list[int]:
+    """The cores that this process may use; of those that are two threads of one core, the second comes late."""
+
+    def thread(core: int) -> int:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text()
+        return [int(number) for number in re.findall(r"\d+", siblings)].index(core)
+
+    return sorted(os.sched_getaffinity(0), key=lambda core: (thread(core), core))
+
+
 @contextmanager
-def servers_on(core: int) -> Iterator[Servers]:
-    """Redis and PostgreSQL on this core, gone when the block ends."""
+def servers_on(cores: set[int]) -> Iterator[Servers]:
+    """Redis and PostgreSQL on these cores, gone when the block ends."""
     usable = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     with RedisServer() as redis, Postgres() as postgres:
         os.sched_setaffinity(0, usable)
         yield Servers(redis, postgres)
 
 
-def scaling(count: int, arm: Arm, cores: list[int]) -> float:
-    """Answers a second of this many gateway processes, each on a core of its own; the last core has the load."""
+def scaling(arm: Arm, places: Places) -> float:
+    """Answers a second of that many gateway processes."""
     load = Load(32, SCALING_S, warm=0.3)
     with ExitStack() as stack:
-        engine = stack.enter_context(upstream(Cores(cores[0], cores[-1])))
+        engine = stack.enter_context(upstream(Cores(places.gateways[0], places.engine)))
         running = []
-        for number in range(count):
-            own = Cores(cores[number], cores[-1])
+        for number, own in enumerate(map(Cores, places.gateways, places.loads)):
             target = stack.enter_context(gateway(replace(arm, name=f"{arm.name}-{number}"), engine, own))
             check(target, guarded=True)
             running.append((target, own))
@@ -119,7 +148,7 @@ def scaling(count: int, arm: Arm, cores: list[int]) -> float:
             finish(begin(target, warm, own), warm)
         seen = [finish(generator, load) for generator in [begin(target, load, own) for target, own in running]]
     if any(part.failed for part in seen):
-        raise Failed(f"{sum(part.failed for part in seen)} requests failed with {count} processes")
+        raise Failed(f"{sum(part.failed for part in seen)} requests failed with {len(running)} processes")
     return sum(part.per_second() for part in seen)
 
 
@@ -145,11 +174,11 @@ class Report:
 
 def run(plan: Plan, rounds: int) -> tuple[Report, list[Arm]]:
     """Measures everything, arms forward in even rounds and backward in odd."""
-    usable = sorted(os.sched_getaffinity(0))
-    cores = Cores.of_machine()
+    usable, cores = usable_cores(), Cores.of_machine()
     report = Report({}, {}, [])
     described: list[Arm] = []
-    with servers_on(cores.load) as servers:
+    counts = [count for count in PROCESSES if max(count, 2) < len(usable)]
+    with servers_on(Places.of(usable, max(counts)).servers if counts else {cores.load}) as servers:
         os.sched_setaffinity(0, {cores.load})
         for number in range(rounds):
             described = arms(servers)
@@ -166,10 +195,8 @@ def run(plan: Plan, rounds: int) -> tuple[Report, list[Arm]]:
                 figures["after_mb"] = cell.figures["process"]["after_mb"]
                 report.cpu.setdefault(arm.name, []).append(figures)
                 say(f"round {number + 1} {arm.name}: {figures['cpu']:.2f} × plain, {time.monotonic() - began:.0f} s")
-            for count in PROCESSES:
-                if count + 1 > len(usable) or (count == 1 and len(usable) < 3):
-                    continue
-                rate = scaling(count, described[-1], usable)
+            for count in counts:
+                rate = scaling(described[-1], Places.of(usable, count))
                 report.rates.setdefault(count, []).append(rate)
                 say(f"round {number + 1}: {count} process(es), {rate:,.0f} req/s")
     return report, described

@@ -66,8 +66,9 @@ class Piece(msgspec.Struct):
     ``ending`` says why the answer ends here, by the engine's own fields (``finish_reason``, maybe ``stop_reason``).
     ``usage`` is that of the whole answer so far: the prompt as the first leg had it, and all output tokens; a leg
     begins with that of its past and ends with all. ``prefilled`` counts the tokens that this leg processed anew before
-    it could go on. ``is_exact``: the engine had kept all that the legs before had computed, and a greedy answer goes on
-    as the undisturbed one does, token for token.
+    it could go on, and ``expected`` how many that may be, from an engine that tells it later. ``is_exact``: the engine
+    had kept all that the legs before had computed, and a greedy answer goes on as the undisturbed one does, token for
+    token.
     """
 
     text: str = ""
@@ -76,6 +77,7 @@ class Piece(msgspec.Struct):
     ending: dict[str, Any] | None = None
     usage: Usage | None = None
     prefilled: int | None = None
+    expected: int | None = None
     is_exact: bool = False
 
 

@@ -188,7 +188,7 @@ class Run:
         transcript = self.transcript
         if transcript is None or not self.has_progress:
             return 0
-        return transcript.at_most if transcript.prefilled is None else transcript.prefilled
+        return transcript.expected if transcript.prefilled is None else transcript.prefilled
 
     @property
     def prefilled(self) -> int | None:

@@ -26,8 +26,8 @@ class Transcript:
     """One answer with one choice. ``read`` makes it from a journal; ``go_on`` carries it on, one leg after the other.
 
     ``text`` is all that was delivered. ``prefilled`` is what the leg that runs now had to process anew before it could
-    go on, None until its engine tells, and ``at_most`` what that can be; ``recomputed`` is that of all legs after the
-    first, and the most it can be where an engine has not told.
+    go on, None until its engine tells, and ``expected`` what that may be: all, unless its driver knows better;
+    ``recomputed`` is that of all legs after the first, as expected where an engine has not told.
     """
 
     def __init__(self, call: Call) -> None:
@@ -51,7 +51,7 @@ class Transcript:
         self._num_exact = 0
         self.recomputed = 0
         self.prefilled: int | None = None
-        self.at_most = 0
+        self.expected = 0
 
     @property
     def text(self) -> str:
@@ -152,6 +152,8 @@ class Transcript:
             self._num_exact += piece.is_exact
             self.prefilled = piece.prefilled
             self.recomputed += piece.prefilled
+        if piece.expected is not None:
+            self.expected = piece.expected
         if piece.ids is not None:
             self._ids += piece.ids
         if piece.text or piece.num_tokens:
@@ -253,7 +255,7 @@ class Transcript:
             self._num_legs += 1
             del self._ids[self._num_sure :]  # what was held back is made anew
             self._num_held = 0
-            self.at_most = self.usage.prompt_tokens + self.usage.completion_tokens
+            self.expected = self.usage.prompt_tokens + self.usage.completion_tokens
             has_begun = False
             try:
                 past = self.past()
@@ -265,7 +267,7 @@ class Transcript:
                         yield Chunk(frames if streams else b"", piece.num_tokens, piece.usage)
             finally:
                 if has_begun and self.prefilled is None:  # it was cut before its engine has told
-                    self.recomputed += self.at_most
+                    self.recomputed += self.expected
         if self._ending is None and most is not None:
             return
         if self._ending is None:

@@ -53,6 +53,7 @@ class LlamaCppDriver:
         self._served_name = served_name
         self._context_tokens: int | None = None
         self._book = SlotBook()
+        self._num_settling = 0
         self._can_continue = self._can_continue_chats = self._parts_alike = False
         self._free_files = list(slot_files)
         self._files: dict[tuple[TenantId, RequestId], str] = {}  # whose slot each file holds, the oldest first
@@ -244,11 +245,17 @@ class LlamaCppDriver:
 
     async def settle(self, num_expected: Callable[[], int]) -> None:
         """Return when no more slots are busy than should be, or after twenty seconds."""
-        for _ in range(int(_SETTLE_TIMEOUT_S / _SETTLE_POLL_S)):
-            load = await self.load()
-            if load is None or load.running <= num_expected():
-                return
-            await asyncio.sleep(_SETTLE_POLL_S)
+        self._num_settling += 1
+        try:
+            for _ in range(int(_SETTLE_TIMEOUT_S / _SETTLE_POLL_S)):
+                load = await self.load()
+                if load is None or load.running <= num_expected():
+                    return
+                await asyncio.sleep(_SETTLE_POLL_S)
+        finally:
+            self._num_settling -= 1
+            if not self._num_settling:
+                self._book.settled()
 
     async def tokenize(self, body: dict[str, object]) -> dict[str, object]:
         """Ask ``/tokenize``, rendering messages by ``/apply-template`` first."""

@@ -30,9 +30,9 @@ class Seat:
 
 class _Slot:
     """``owner`` is whose prompt the slot holds, None if that is not sure or nobody's; ``prompt`` is the last one's, and
-    ``request`` who that was."""
+    ``request`` who that was. ``is_unsettled``: that one was left in the middle, and may yet be parked."""
 
-    __slots__ = ("num_left", "num_running", "owner", "prompt", "request", "used_at")
+    __slots__ = ("is_unsettled", "num_left", "num_running", "owner", "prompt", "request", "used_at")
 
     def __init__(self) -> None:
         self.owner: TenantId | None = None
@@ -41,6 +41,7 @@ class _Slot:
         self.used_at = 0
         self.num_running = 0
         self.num_left = 0
+        self.is_unsettled = False
 
     @property
     def num_taken(self) -> int:
@@ -79,8 +80,8 @@ class SlotBook:
         self, tenant: TenantId, prompt: bytes, request: RequestId | None = None, *, brings_cache: bool = False
     ) -> Seat | None:
         """Return the best seat: the one that this request has just left, a free slot of the tenant's own that holds a
-        like prompt, or else one long unused. ``brings_cache``: the slot is about to be given what this request left
-        elsewhere, and may then use it.
+        like prompt, or else one long unused; none that may yet be parked if there is another. ``brings_cache``: the
+        slot is about to be given what this request left elsewhere, and may then use it.
 
         None where all slots are taken and the one to queue for is about to use its cache: the engine may begin with
         the later of two requests.
@@ -90,6 +91,7 @@ class SlotBook:
         fewest = min(slot.num_taken for slot in self._slots)
         free = [number for number, slot in enumerate(self._slots) if slot.num_taken == fewest]
         number = self._left_by(tenant, request, free)
+        free = [number for number in free if not self._slots[number].is_unsettled] or free
         if number is None:
             number = self._like(tenant, prompt, free)
         if number is None:
@@ -105,6 +107,7 @@ class SlotBook:
         slot.owner = tenant if is_sure or (slot.owner == tenant and not is_scattered) else None
         slot.prompt = prompt
         slot.request = request
+        slot.is_unsettled = False
         slot.num_running += 1
         self._clock += 1
         slot.used_at = self._clock
@@ -158,6 +161,7 @@ class SlotBook:
         slot = self._slots[seat.slot]
         slot.num_running -= 1
         slot.num_left += not has_ended
+        slot.is_unsettled = not has_ended
 
     @asynccontextmanager
     async def scattered(self) -> AsyncIterator[None]:
@@ -178,6 +182,11 @@ class SlotBook:
         finally:
             self._num_scattered -= 1
             self._num_scattered_left += is_sent and not has_ended
+
+    def settled(self) -> None:
+        """Note that all that was cut is over and what is to be parked is being parked: no slot has to be avoided."""
+        for slot in self._slots:
+            slot.is_unsettled = False
 
     async def _changed(self) -> None:
         self._news.clear()

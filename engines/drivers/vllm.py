@@ -14,6 +14,7 @@ from core.chat import Call, Endpoint, Usage
 from core.errors import ForebayError, UpstreamError, WorkerLost, WorkerUnreachable
 from core.ids import TenantId, WorkerId
 from engines.driver import Capabilities, Chunk, Continuation, Exactness, Health, Load, Piece
+from engines.drivers.keeping import Keeping
 from engines.drivers.metrics import gauge, labelled
 from engines.drivers.openai import OpenAIDriver
 from engines.drivers.pinning import limit_of, may_be_cut
@@ -47,6 +48,7 @@ class VllmDriver(OpenAIDriver):
         self._is_dead = False
         self._can_continue = False
         self._context_tokens: int | None = None
+        self._keeping = Keeping()
 
     def run(self, call: Call, most: int | None = None) -> AsyncIterator[Chunk]:
         """Run the call; see ``Driver.run``. Raises ``WorkerUnreachable`` at once while the engine process is dead.
@@ -106,8 +108,9 @@ class VllmDriver(OpenAIDriver):
         if isinstance(least := body.get("min_tokens"), int):
             body["min_tokens"] = max(0, least - num_past)
         reader = StreamReader(Endpoint.COMPLETIONS, strips_usage=False)
-        if limit is None or limit - num_past > _WORTH_ASKING:
-            yield Piece(prefilled=await self._prefill(body))
+        told = await self._prefill(body) if limit is None or limit - num_past > _WORTH_ASKING else None
+        if told is not None:
+            yield told
         begun: Usage | None = Usage(len(prompt_ids), num_past)
         async with aclosing(self._events(call, Endpoint.COMPLETIONS, body, reader)) as events:
             async for event in events:
@@ -121,21 +124,29 @@ class VllmDriver(OpenAIDriver):
         if reader.usage is not None:
             used = reader.usage
             whole = Usage(used.prompt_tokens - len(ids), used.completion_tokens + num_past)
-            yield Piece(usage=whole, prefilled=used.prompt_tokens - used.cached_tokens)
+            prefilled = used.prompt_tokens - used.cached_tokens
+            if told is None or told.prefilled is None:
+                self._keeping.learn(used.prompt_tokens, prefilled)
+            yield Piece(usage=whole, prefilled=prefilled)
 
-    async def _prefill(self, body: dict[str, Any]) -> int | None:
-        """Have the engine compute the prompt, and return how much of it was not cached; None if it does not tell.
+    async def _prefill(self, body: dict[str, Any]) -> Piece | None:
+        """Say how much of the prompt was not cached, or how much that may be where it was asked for others of late.
 
         A stream tells it with the usage, at its end: thousands of tokens too late for who has to choose the next leg to
-        cut. The one token that this makes is thrown away; the stream makes it again, from a prompt that is cached now.
+        cut. So the engine is asked to compute the prompt, and the one token that this makes is thrown away; the stream
+        makes it again, from a prompt that is cached now. Each time costs a step of the whole batch; see ``Keeping``.
         """
+        if not self._keeping.asks_now():
+            return Piece(expected=self._keeping.expected)
         left_out = ("stream", "stream_options", "min_tokens", "return_token_ids")
         asked = {key: value for key, value in body.items() if key not in left_out} | {"max_tokens": 1}
         try:
             used = (await self._wire.ask("/v1/completions", asked, timeout_s=_PREFILL_TIMEOUT_S))["usage"]
-            return int(used["prompt_tokens"] - used["prompt_tokens_details"]["cached_tokens"])
+            prefilled = int(used["prompt_tokens"] - used["prompt_tokens_details"]["cached_tokens"])
         except (ForebayError, KeyError, TypeError):
             return None  # the stream will say what is wrong
+        self._keeping.learn(len(body["prompt"]), prefilled)
+        return Piece(prefilled=prefilled)
 
     async def park(self, call: Call) -> None:
         """Do nothing: vLLM keeps the blocks of its cache until it needs their room."""

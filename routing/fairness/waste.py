@@ -8,10 +8,11 @@ _MILLI = 1000
 class Waste:
     """Counts useful tokens, those computed again by our choice, and those ``lost`` to failures, which nobody chose.
 
-    The bucket pays when a request goes on and it is known what had to be computed again. Until then the estimate is
-    only ``held``, and a burst's worth of that is always allowed: paying it at the cut locks up, because while others
-    keep the slots that were taken nobody goes on, so nothing would be learned or given back. So waste stays within β of
-    the useful tokens, beside a burst and the error of the estimates. Starts with half a burst.
+    The bucket pays when a request goes on: what had to be computed again if that is known by then, else what is
+    expected, and the difference later. Until then the estimate is only ``held``, and a burst's worth of that is always
+    allowed: paying it at the cut locks up, because while others keep the slots that were taken nobody goes on, so
+    nothing would be learned or given back. So waste stays within β of the useful tokens, beside a burst and the error
+    of the estimates. Starts with half a burst.
     """
 
     __slots__ = ("_level", "held", "lost", "useful", "wasted")

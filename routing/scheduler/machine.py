@@ -31,9 +31,9 @@ from routing.scheduler.paying import (
     charge_prompt,
     charge_tokens,
     earn_prompt,
+    expect_again,
     release_owed,
     settle_prompt,
-    settle_untold,
 )
 from routing.scheduler.placing import worker_for
 from routing.scheduler.state import FOREVER, Leg, Model, Request, WorkerState
@@ -196,6 +196,8 @@ class Scheduler:
                 earn_prompt(self._books.models[request.model].line, request, request.charged or 0)
         if event.prefilled is not None:
             settle_prompt(self._books.models[request.model].line, leg, event.prefilled)
+        else:
+            expect_again(self._books.models[request.model].line, leg)
         return []
 
     def _on_leg_ended(self, event: LegEnded) -> list[Effect]:
@@ -210,7 +212,7 @@ class Scheduler:
         if event.prefilled is not None:
             settle_prompt(line, leg, event.prefilled)
         else:
-            settle_untold(line, leg)
+            expect_again(line, leg)
         if leg.first_at is not None and leg.ran > 1:
             worker.pace.observe_step((leg.load + worker.num_running + 1) / 2, (event.now - leg.first_at) / leg.ran)
         self._judge(leg, event)

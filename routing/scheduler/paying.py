@@ -45,9 +45,10 @@ def settle_prompt(line: Line, leg: Leg, prefilled: int) -> None:
         earn_prompt(line, request, prefilled)
 
 
-def settle_untold(line: Line, leg: Leg) -> None:
-    """The leg is over and its engine did not tell, nor will it: what it was expected to compute again is taken."""
-    if leg.resumed and leg.has_begun and not leg.is_told:
+def expect_again(line: Line, leg: Leg) -> None:
+    """The leg goes on, or is over, and its engine has not told what it computed again: what it was expected to is paid
+    for now, and what it tells later makes the difference."""
+    if leg.resumed and leg.has_begun and not leg.is_told and not leg.again:
         pay_again(line, leg, leg.worker.resume_cost.tokens(leg.context, is_home=leg.is_home))
 
 
@@ -55,14 +56,14 @@ def pay_again(line: Line, leg: Leg, tokens: int) -> None:
     """So many tokens were computed again for a leg that goes on."""
     request = leg.request
     release_owed(line, request)
-    if request.pays_again:
-        request.pays_again = False
-        _charge(line, request, tokens)
+    more, leg.again = tokens - leg.again, tokens
+    if leg.pays_again:
+        _charge(line, request, more)
         line.turns.changed(request.account)
     elif leg.goes_on_after in {"preempted", "migrated"}:
-        line.waste.spend(tokens)
+        line.waste.spend(more)
     else:
-        line.waste.lost += tokens
+        line.waste.lost += more
 
 
 def owe(line: Line, request: Request, tokens: int) -> None:

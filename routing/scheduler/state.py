@@ -112,9 +112,11 @@ class Leg:
     later incarnation. ``ran``: tokens that it has delivered. ``context``: tokens that it began with, of which
     ``resumed`` were of the answer. ``load``: legs on the worker when it started. ``has_begun``: its prompt is done;
     ``is_told``: the engine has said what it prefilled. ``goes_on_after``: why the leg before it was cut, if it was.
-    ``kv_tokens``: what it takes of the engine's memory, beside what others have there anyway."""
+    ``kv_tokens``: what it takes of the engine's memory, beside what others have there anyway. ``again``: tokens
+    computed again that have been paid for, and ``pays_again`` that its tenant pays."""
 
     __slots__ = (
+        "again",
         "breaker",
         "context",
         "cut_for",
@@ -128,6 +130,7 @@ class Leg:
         "kv_tokens",
         "load",
         "outstanding",
+        "pays_again",
         "ran",
         "request",
         "resumed",
@@ -142,6 +145,8 @@ class Leg:
         self.outstanding = request.tokens_estimate
         self.has_begun = False
         self.goes_on_after = request.cut_for
+        self.pays_again, request.pays_again = request.pays_again, False
+        self.again = 0
         self.breaker = worker.breaker
         self.is_trial = worker.breaker.on_start()
         self.is_told = False

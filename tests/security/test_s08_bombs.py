@@ -5,6 +5,8 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.chat import Endpoint
 from core.errors import InvalidJson, InvalidRequest
@@ -140,6 +142,28 @@ def test_depth_is_seen_before_anything_is_parsed(opening: str) -> None:
         check_depth(('{"x":' + opening * 64 + "1" + closing * 64 + "}").encode(), 64)
     with pytest.raises(InvalidJson):
         check_depth((opening * 10_000_000).encode(), 64)
+
+
+_TREES = st.recursive(
+    st.sampled_from([1, "[{", None]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=40,
+)
+
+
+def depth_of(tree: object) -> int:
+    parts = list(tree.values()) if isinstance(tree, dict) else tree if isinstance(tree, list) else None
+    return 0 if parts is None else 1 + max(map(depth_of, parts), default=0)
+
+
+@given(tree=_TREES)
+def test_what_is_as_deep_as_it_may_be_passes_and_one_level_more_does_not(tree: object) -> None:
+    wide = [tree] * 20  # so that there is something to look at
+    raw, depth = json.dumps(wide).encode(), depth_of(wide)
+    check_depth(raw, depth)
+    if depth > 1:
+        with pytest.raises(InvalidJson):
+            check_depth(raw, depth - 1)
 
 
 def test_brackets_in_text_are_no_depth() -> None:

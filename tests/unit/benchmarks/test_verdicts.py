@@ -98,20 +98,31 @@ def test_cells_come_back_from_the_store_as_they_were_but_for_texts() -> None:
 
 def seen(arm: str, wait: float, rate: float = 1000.0) -> fairness_gpu.Seen:
     return fairness_gpu.Seen(
-        arm=arm, urgent=[[wait] * 50 for _ in range(fairness_gpu.BLOCKS)], tokens_per_s=rate, tbt_p99=0.0, tbt_p999=0.0,
-        longest_pause=0.0, cuts=0, recomputed=0, reused=None, engine={"num_preemptions_total": 0.0},
+        arm=arm, urgent=[[wait] * 50 for _ in range(fairness_gpu.BLOCKS)], tokens_per_s=[rate],
+        tbt_p99=0.0, tbt_p999=0.0, longest_pause=0.0, cuts=0, recomputed=0, reused=None,
+        engine={"num_preemptions_total": 0.0},
     )  # fmt: skip
 
 
 def test_the_urgent_tenant_is_compared_with_the_engines_own_priorities_on_the_same_server() -> None:
-    arms = [seen("vllm", 9.0), seen("vllm-priority", 4.0), seen("vtc", 3.0, 990.0), seen("vtc-pc", 0.2, 980.0)]
+    arms = [seen("vllm", 9.0), seen("vllm-priority", 4.0), seen("fcfs", 9.0, 990.0), seen("vtc-pc", 0.2, 980.0)]
 
-    lines, kept = fairness_gpu.verdicts(arms, [])
+    lines, kept = fairness_gpu.verdicts(arms + arms[::-1], [])
 
     assert kept
-    assert [line.partition(":")[0] for line in lines] == [
+    assert [line.partition(":")[0] for line in lines if line.startswith("target")] == [
         "target urgent_p99", "target tokens_per_s", "target gateway_tokens_per_s", "target whole",
     ]  # fmt: skip
+
+
+def test_the_slowest_round_on_the_gpu_has_to_keep_the_promise() -> None:
+    first = [seen("vllm-priority", 4.0), seen("vtc-pc", 0.2, 990.0)]
+    second = [seen("vllm-priority", 4.0), seen("vtc-pc", 0.2, 960.0)]
+
+    lines, kept = fairness_gpu.verdicts(first + second, [])
+
+    assert not kept
+    assert "target tokens_per_s: want ≥ 0.97 × vllm-priority (vtc-pc), measured 0.975 [0.960–0.990], missed" in lines
 
 
 def test_a_server_that_could_not_be_measured_is_a_miss() -> None:

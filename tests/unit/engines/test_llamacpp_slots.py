@@ -58,6 +58,14 @@ def cut(book: SlotBook, tenant: TenantId, request: str, prompt: bytes = LONG) ->
     return seat
 
 
+def test_a_slot_that_may_yet_be_parked_is_avoided_until_all_that_was_cut_has_settled() -> None:
+    book = SlotBook(2)
+    left, other = cut(book, A, "one"), run(book, B)
+    assert run(book, B, b"something else").slot == other.slot != left.slot, "though the other is unused for longer"
+    book.settled()
+    assert run(book, B, b"yet another").slot == left.slot
+
+
 def test_a_request_that_goes_on_comes_back_to_its_own_slot() -> None:
     book = SlotBook(3)
     seats = [cut(book, A, request, request.encode() * 20) for request in ("one", "two", "three")]
@@ -132,7 +140,7 @@ async def test_nobody_queues_behind_a_request_that_is_about_to_use_its_cache() -
     assert not (await queued).is_cached
 
 
-def test_a_slot_whose_request_was_cut_is_avoided_until_the_engine_has_let_go() -> None:
+def test_a_slot_whose_request_was_cut_is_avoided_until_the_engine_has_let_go_of_all() -> None:
     book = SlotBook(2)
     cut = take(book, A)
     book.leave(cut, has_ended=False)
@@ -142,6 +150,7 @@ def test_a_slot_whose_request_was_cut_is_avoided_until_the_engine_has_let_go() -
     assert run(book, A, b"another" * 9).slot == 1 - (cut.slot or 0)
 
     book.observe([])
+    book.settled()
     assert run(book, A, b"yet another" * 9).slot == cut.slot
 
 

@@ -186,6 +186,21 @@ def test_going_on_is_not_charged_to_the_tenant_but_to_the_budget() -> None:
     assert (values.wasted_tokens, values.lost_tokens) == (50, 0)
 
 
+def test_an_engine_that_tells_late_is_paid_for_as_expected_and_then_for_what_it_did() -> None:
+    world = hogged()
+    world.submit("light", "light", prompt=5)
+    world.let_go()
+    world.end("light/0")
+
+    world.first_token("hog0/1")
+    expected = world.scheduler.fairness_view(ModelName("m")).wasted_tokens
+    world.tokens("hog0/1", 5)
+    world.end("hog0/1", prefilled=50)
+
+    assert 0 < expected < 50
+    assert world.scheduler.fairness_view(ModelName("m")).wasted_tokens == 50
+
+
 def test_going_on_after_a_failure_costs_neither_the_tenant_nor_the_budget() -> None:
     world = World(view("m-0"), view("m-1"))
     world.submit("a", pinned=False, tokens=100, prompt=10)
