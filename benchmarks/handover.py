@@ -12,6 +12,7 @@ something. One run is one history.
     python -m benchmarks.handover                 two llama.cpp workers with SmolLM2 on this machine, within 4 minutes
     python -m benchmarks.handover --gpus 0,1 --source MODEL --command '["vllm", "serve", "{source}",
         "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"]'      two vLLM on two GPUs
+    python -m benchmarks.handover --gpus 0 --args '["--kv-cache-memory-bytes", "18000000000"]' ...    both on one GPU
 
 Ends with 1 if a target is missed.
 """
@@ -59,6 +60,7 @@ class Plan:
 
 
 GPU = Plan(slots=64, streams=40, short=600, long=14_000, context=16384, start_s=300)
+SHARED_GPU = Plan(slots=64, streams=8, short=600, long=14_000, context=16384, start_s=300)  # half the memory for each
 SMALL = Plan(slots=4, streams=4, short=60, long=400, context=1024, start_s=60)
 
 
@@ -98,7 +100,6 @@ class History:
         await self._step("drain, and come back", plan.long, self._drain)
         await self._until_ready(FIRST, SECOND)
         await self._step("SIGKILL of an engine", plan.short, self._kill)
-        await self._until_ready(FIRST, SECOND)
 
     async def _step(self, name: str, tokens: int, disturb: Callable[[], Awaitable[None]]) -> None:
         asks = [
@@ -249,7 +250,9 @@ def model_of(chosen: argparse.Namespace, plan: Plan) -> Mapping[str, Any]:
         env["PYTHONPATH"] = chosen.python_path
     args = [*json.loads(chosen.args), "--max-model-len", str(plan.context), "--max-num-seqs", str(plan.slots)]
     launch |= {"source": chosen.source, "command": json.loads(chosen.command), "env": env}
-    launch |= {"args": [*args, "--enable-prompt-tokens-details"], "gpus": [int(gpu) for gpu in chosen.gpus.split(",")]}
+    launch["args"] = [*args, "--enable-prompt-tokens-details"]
+    if "," in chosen.gpus:  # on one GPU that both share neither has it to itself, which `gpus` means
+        launch["gpus"] = [int(gpu) for gpu in chosen.gpus.split(",")]
     return {"workers": [{"engine": "vllm", "launch": launch, "replicas": 2, "lifecycle": lifecycle}]}
 
 
@@ -262,7 +265,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--args", default="[]", help="JSON list of further arguments of vLLM")
     parser.add_argument("--env", default="{}", help="JSON object, into the environment of vLLM")
     parser.add_argument("--python-path", help="PYTHONPATH of vLLM alone")
-    parser.add_argument("--gpus", default="0,1", help="indices of the two GPUs (0,1)")
+    parser.add_argument("--gpus", default="0,1", help="indices of the two GPUs, or of the one for both (0,1)")
     parser.add_argument("--limit", type=float, help="seconds after which to stop and tell what was seen (none)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go (benchmarks/results)")
     chosen = parser.parse_args()
@@ -274,7 +277,9 @@ def arguments() -> argparse.Namespace:
 async def bench(chosen: argparse.Namespace) -> bool:
     """Run, print and write; whether every target was held."""
     started = now()
-    plan, key, problem = GPU if chosen.source else SMALL, f"fbk_{secrets.token_urlsafe(32)}", ""
+    plan, key, problem = SMALL, f"fbk_{secrets.token_urlsafe(32)}", ""
+    if chosen.source:
+        plan = GPU if "," in chosen.gpus else SHARED_GPU
     about = machine(int(chosen.gpus.split(",")[0]) if chosen.source else None)
     wait_s = 4 * plan.start_s
     gateway = GatewayProcess(

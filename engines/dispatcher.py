@@ -367,11 +367,17 @@ class Dispatcher:
 
     async def _settle(self, run: Run, start: Start, driver: Driver | None) -> None:
         try:
-            if driver is not None:
-                worker = start.worker
-                await driver.settle(lambda: self._scheduler.num_running(worker) - self._num_settling[worker])
-                if run.cut_for is not None and (able := resumable(driver)) is not None:
-                    await able.park(run.call)
+            if driver is None:
+                return
+            worker = start.worker
+
+            def num_expected() -> int:
+                return self._scheduler.num_running(worker) - self._num_settling[worker]
+
+            if run.cut_for is not None and (able := resumable(driver)) is not None:
+                await able.park(run.call, num_expected)
+            else:
+                await driver.settle(num_expected)
         except Exception:  # noqa: BLE001 - an error here would end every other leg
             _log.exception("settle_failed", leg=start.leg, worker_id=start.worker)
 

@@ -167,10 +167,12 @@ class Resumable(Protocol):
         The limits of the call hold for the whole answer: where ``past`` has used them up, the engine is not asked.
         """
 
-    async def park(self, call: Call) -> None:
-        """Keep what the engine still holds of a call whose leg was cut and which will go on, if that can be done.
+    async def park(self, call: Call, num_expected: Callable[[], int]) -> None:
+        """Return when the slot of a leg that was cut, and whose call will go on, can be another's, having kept what the
+        engine still holds of it if that can be done.
 
-        Called once the engine has let go of the leg, before its slot counts as free. Never raises.
+        It ``settle``s first, unless the engine has a queue of its own in which the next one can as well wait for it to
+        let go: we cut few legs at a time. Never raises.
         """
 
 

@@ -107,8 +107,9 @@ class LlamaCppDriver:
         able = self._can_continue_chats if call.endpoint is Endpoint.CHAT else self._can_continue
         return "prefix" if able and may_be_cut(call) else "pinned"
 
-    async def park(self, call: Call) -> None:
-        """Save the slot that the call has left, if there are files and nobody else has come to it."""
+    async def park(self, call: Call, num_expected: Callable[[], int]) -> None:
+        """Settle, and save the slot that the call has left, if there are files and nobody else has come to it."""
+        await self.settle(num_expected)
         if not self._free_files and not self._files:
             return
         guest = (call.context.tenant, call.id)

@@ -151,7 +151,7 @@ class OpenAIDriver:
                 raise
             raise meant from error
 
-    async def park(self, call: Call) -> None:
+    async def park(self, call: Call, num_expected: Callable[[], int]) -> None:
         """Do nothing: what an endpoint keeps of an answer is its own business."""
 
     def _body(self, call: Call) -> dict[str, Any]:

@@ -148,8 +148,9 @@ class VllmDriver(OpenAIDriver):
         self._keeping.learn(len(body["prompt"]), prefilled)
         return Piece(prefilled=prefilled)
 
-    async def park(self, call: Call) -> None:
-        """Do nothing: vLLM keeps the blocks of its cache until it needs their room."""
+    async def park(self, call: Call, num_expected: Callable[[], int]) -> None:
+        """Do nothing: vLLM lets go at its next step, queues who comes before that, and keeps the blocks of its cache
+        until it needs their room. To wait until it says so would leave the slot empty for a poll and a step."""
 
     async def _ids_of_prompt(self, call: Call) -> list[int]:
         asked: dict[str, object] = {"add_special_tokens": True, "prompt": call.body.get("prompt")}

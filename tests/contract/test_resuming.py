@@ -394,8 +394,7 @@ async def test_a_slot_that_others_have_had_meanwhile_is_restored(llama: Bed) -> 
     for _ in range(2):  # the second finds the prompt in its slot, as the third will: rounding is the same then
         undisturbed = await llama.tell(ask(prompt=question))
     texts = await beginning(driver, asked := ask(prompt=question), num=10)
-    await driver.settle(lambda: 0)
-    await driver.park(asked)
+    await driver.park(asked, lambda: 0)
     others = [ask(prompt=f"What is {number} and one?") for number in (1, 2)]
     others = [msgspec.structs.replace(other, context=CallContext(TenantId("other"))) for other in others]
     await asyncio.gather(*(llama.tell(other) for other in others))
@@ -411,8 +410,7 @@ async def test_what_was_saved_of_one_request_is_given_to_no_other(llama: Bed) ->
     assert isinstance(driver, LlamaCppDriver)
     prompt = "Tell me of the sea, and of the ships on it, and of the wind. " * 4
     texts = await beginning(driver, asked := ask(prompt=prompt), num=5)
-    await driver.settle(lambda: 0)
-    await driver.park(asked)
+    await driver.park(asked, lambda: 0)
     stranger = msgspec.structs.replace(ask(prompt=prompt), context=CallContext(TenantId("other")))
 
     pieces = [piece async for piece in driver.resume(stranger, Continuation(texts))]

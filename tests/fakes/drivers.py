@@ -198,6 +198,7 @@ class ResumableDriver(ScriptedDriver):
             self.num_running -= 1
             self.closed += 1
 
-    async def park(self, call: Call) -> None:
-        """Remember the call."""
+    async def park(self, call: Call, num_expected: Callable[[], int]) -> None:
+        """Remember the call, once it has settled."""
+        await self.settle(num_expected)
         self.parked.append(call)

@@ -4,7 +4,7 @@ Production's scheduler and dispatcher, over a driver that counts.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from core.chat import Call
@@ -56,8 +56,9 @@ class Counter(ScriptedDriver):
         finally:
             self.num_running -= 1
 
-    async def park(self, call: Call) -> None:
+    async def park(self, call: Call, num_expected: Callable[[], int]) -> None:
         """Keep nothing."""
+        await self.settle(num_expected)
 
 
 class House:

@@ -98,7 +98,7 @@ def test_cells_come_back_from_the_store_as_they_were_but_for_texts() -> None:
 
 def seen(arm: str, wait: float, rate: float = 1000.0) -> fairness_gpu.Seen:
     return fairness_gpu.Seen(
-        arm=arm, urgent=[[wait] * 50 for _ in range(fairness_gpu.BLOCKS)], tokens_per_s=[rate],
+        arm=arm, urgent=[[wait] * 50 for _ in range(fairness_gpu.BLOCKS)], tokens_per_s=[rate], prompts_per_s=[0.0],
         tbt_p99=0.0, tbt_p999=0.0, longest_pause=0.0, cuts=0, recomputed=0, reused=None,
         engine={"num_preemptions_total": 0.0},
     )  # fmt: skip

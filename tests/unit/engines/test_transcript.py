@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Scripted:
         for piece in self.pieces:
             yield piece
 
-    async def park(self, call: Call) -> None:
+    async def park(self, call: Call, num_expected: Callable[[], int]) -> None:
         return
 
 
