@@ -12,7 +12,8 @@ something. One run is one history.
     python -m benchmarks.handover                 two llama.cpp workers with SmolLM2 on this machine, within 4 minutes
     python -m benchmarks.handover --gpus 0,1 --source MODEL --command '["vllm", "serve", "{source}",
         "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"]'      two vLLM on two GPUs
-    python -m benchmarks.handover --gpus 0 --args '["--kv-cache-memory-bytes", "18000000000"]' ...    both on one GPU
+    python -m benchmarks.handover --gpus 0 --args '["--kv-cache-memory-bytes", "18000000000",
+        "--gpu-memory-utilization", "0.4"]' ...                                       both on one GPU
 
 Ends with 1 if a target is missed.
 """
