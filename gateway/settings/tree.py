@@ -201,7 +201,7 @@ class FairnessSettings(_Section):
     threshold: Count = Field(default=1000, le=10**9)
     credit: CountOrZero = Field(default=2000, le=10**9)
     credit_refill: float = Field(default=1.0, ge=0, le=1)
-    quantum: Count = Field(default=32, le=10**6)
+    quantum: Count = Field(default=8, le=10**6)
     penalty: CountOrZero = Field(default=50, le=10**9)
     waste_share: float = Field(default=0.08, ge=0, le=1)
     waste_burst: Count = Field(default=2000, le=10**9)

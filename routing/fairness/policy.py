@@ -26,7 +26,7 @@ class Fairness(msgspec.Struct, frozen=True):
     """K, in weighted tokens: how far behind the others a tenant that was away may begin. 0: as in ``vtc``."""
     credit_refill: float = 1.0
     """How much of its fair share that passes by while a tenant is away comes back as credit, from 0 to 1, up to K."""
-    quantum: int = 32
+    quantum: int = 8
     """q_min, in tokens of an answer: a leg that has delivered fewer is not cut for another tenant."""
     penalty: int = 50
     """α, in weighted tokens: what α·k² makes a request that was cut k times the worse a choice to be cut again."""

@@ -68,7 +68,7 @@ def test_every_arm_runs_and_has_a_line_of_the_table_and_targets_tell_what_was_me
     arms = {arm: small(arm) for arm in (*fairness_sim.FAIR, "round robin", "least requests")}
     found = dict.fromkeys(("27 tenants", "hog", "azure × 64", "mooncake × 64"), arms)
     assert len(fairness_sim.table(found)) == 2 + 4 * len(arms)
-    lines, kept = fairness_sim.verdicts(found, {"27 tenants": 1e9, "hog": 0.0})
+    lines, kept = fairness_sim.verdicts(found, {"27 tenants": 1e9, "hog": -1.0})
     assert len(lines) == 10
     assert not kept
     assert any(line.startswith("target gap_tenants") and line.endswith("held") for line in lines)
