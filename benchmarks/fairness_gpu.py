@@ -349,8 +349,7 @@ async def run(chosen: argparse.Namespace, plan: Plan, seen: list[Seen], problems
                     await _arms(server, setup, chosen.arms, end, seen)
             except Exception as error:  # noqa: BLE001 - what was seen until then is worth keeping
                 problems.append(f"server{suffix}: {type(error).__name__} {error}")
-                say(problems[-1])
-                say(_log(Path(scratch)))
+                say("\n".join([problems[-1], *getattr(error, "__notes__", [])]))
 
 
 async def _arms(server: Server, setup: Setup, names: str | None, end: float, seen: list[Seen]) -> None:
@@ -385,14 +384,6 @@ def _share(ours: Seen, theirs: Seen, *, prompts: bool) -> Interval:
         for one in (ours, theirs)
     ]
     return interval([one / other for one, other in zip(*rates, strict=False)])
-
-
-def _log(directory: Path) -> str:
-    """Return the ends of the gateway's and vLLM's logs."""
-    paths = (directory / "gateway.log", directory / "state" / "logs" / f"{WORKER}.log")
-    return "\n".join(
-        f"--- {path.name}\n{path.read_text('utf-8', 'replace')[-4000:]}" for path in paths if path.exists()
-    )
 
 
 def verdicts(seen: Sequence[Seen], problems: Sequence[str]) -> tuple[list[str], bool]:

@@ -295,7 +295,8 @@ async def bench(chosen: argparse.Namespace) -> bool:
             await history.run()
     except Exception as error:  # noqa: BLE001 - what was seen until then is worth keeping
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        say("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
+        notes = [note for one in (error, error.__cause__) for note in getattr(one, "__notes__", [])]
+        say("\n".join([f"{type(error).__name__}: {error}", *notes]))
     lines, kept = verdicts(history.steps, problem)
     command = command_of("handover")
     what = (

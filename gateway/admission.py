@@ -12,8 +12,8 @@ from core.ids import ModelName
 from core.tenancy import PICO_PER_USD, Budget, Price, Rate
 from gateway.auth import Principal
 from gateway.errors import reset_text
-from routing.budgets import Spent, Subject
-from routing.limits import Granted, Kind, Limiter, Meter, Refused
+from routing.budgets import Spent, Subject, day_of
+from routing.limits import Granted, Kind, Limiter, Meter, Refused, reset_after
 
 Measure = Literal["requests", "tokens", "parallel", "token budget", "money budget"]
 _NO_PRICE = Price()
@@ -28,6 +28,29 @@ class _Gauge(NamedTuple):
     key: str
     limit: int
     budget: Budget | None = None
+
+
+class _Known:
+    """What a principal's calls come under: the same for each until its key, the ledger's figures or the day change.
+
+    ``stencils``: the meters of the gauges, with no amount yet.
+    """
+
+    __slots__ = ("day", "gauges", "principal", "spent", "stencils")
+
+    def __init__(self, principal: Principal, gauges: tuple[_Gauge, ...]) -> None:
+        self.principal = principal
+        self.gauges = gauges
+        self.spent: Spent | None = None
+        self.day = 0
+        self.stencils: tuple[Meter, ...] = ()
+
+    def meters(self, spent: Spent, now: float) -> tuple[Meter, ...]:
+        """Return the stencils as they are now."""
+        if self.spent is not spent or self.day != day_of(now):
+            self.spent, self.day = spent, day_of(now)
+            self.stencils = _stencils(self.gauges, spent, now)
+        return self.stencils
 
 
 class Admitted(msgspec.Struct, frozen=True):
@@ -53,17 +76,17 @@ class Admission:
         self._clock = clock
         self._spent = spent
         self._prices = prices
-        self._gauges: dict[str, tuple[Principal, tuple[_Gauge, ...]]] = {}
+        self._known: dict[str, _Known] = {}
 
     async def admit(self, principal: Principal, call: Call) -> Admitted | None:
         """Take what the call may use of every limit it comes under; None if it comes under none.
 
         Raises ``RateLimited`` or ``BudgetExceeded``, having taken nothing, or ``LimitsUnavailable``.
         """
-        gauges = self._gauges_of(principal, call)
+        now = self._clock.wall()
+        gauges, stencils = self._under(principal, call, now)
         if not gauges:
             return None
-        now = self._clock.wall()
         cost = self._highest_cost(call) if any(gauge.measure == "money budget" for gauge in gauges) else 0
         amounts = {
             "requests": 1,
@@ -72,11 +95,16 @@ class Admission:
             "token budget": call.tokens_estimate,
             "money budget": cost,
         }
-        meters = tuple(self._meter(gauge, amounts[gauge.measure], now) for gauge in gauges)
+        meters = tuple(
+            [
+                Meter(one.key, one.kind, one.limit, amounts[gauge.measure], one.seed, one.ends_at)
+                for gauge, one in zip(gauges, stencils, strict=True)
+            ]
+        )
         verdict = await self._limiter.reserve(meters, now)
         if isinstance(verdict, Refused):
             raise _refusal(gauges[verdict.meter], meters[verdict.meter], verdict.retry_after)
-        return Admitted(gauges, meters, verdict, _headers(gauges, meters, verdict))
+        return Admitted(gauges, meters, verdict, _headers(gauges, meters, verdict, now))
 
     def settle(self, admitted: Admitted, usage: Usage | None, cost: int) -> None:
         """Put what the call really used in the place of what it took. Never waits."""
@@ -97,24 +125,31 @@ class Admission:
         most = Usage(prompt_tokens=call.prompt_tokens_estimate, completion_tokens=call.max_tokens)
         return max(self.price(model).cost(most) for model in (call.model, *call.fallbacks))
 
-    def _meter(self, gauge: _Gauge, amount: int, now: float) -> Meter:
-        if gauge.budget is not None:
-            return self._spent().meter(gauge.subject, gauge.budget, amount, now)
-        return Meter(gauge.key, gauge.kind, gauge.limit, amount)
-
-    def _gauges_of(self, principal: Principal, call: Call) -> tuple[_Gauge, ...]:
-        known = self._gauges.get(principal.key.id)
-        if known is None or known[0] is not principal:
-            tenant = principal.tenant_spec
+    def _under(self, principal: Principal, call: Call, now: float) -> tuple[tuple[_Gauge, ...], tuple[Meter, ...]]:
+        """Return what the call comes under, and the meter of each with no amount yet."""
+        tenant, spent = principal.tenant_spec, self._spent()
+        known = self._known.get(principal.key.id)
+        if known is None or known.principal is not principal:
             gauges = (
                 *_gauges(("tenant", tenant.id), tenant.rate, tenant.budgets),
                 *_gauges(("key", principal.key.id), principal.key.rate, principal.key.budgets),
             )
-            known = self._gauges[principal.key.id] = (principal, gauges)
-        tenant, user = principal.tenant_spec, call.context.end_user
-        if user and tenant.tells_end_users_apart:
-            return known[1] + _gauges(("end_user", tenant.id, user), tenant.end_user, tenant.end_user_budgets)
-        return known[1]
+            known = self._known[principal.key.id] = _Known(principal, gauges)
+        stencils = known.meters(spent, now)
+        user = call.context.end_user
+        if not user or not tenant.tells_end_users_apart:
+            return known.gauges, stencils
+        own = _gauges(("end_user", tenant.id, user), tenant.end_user, tenant.end_user_budgets)
+        return known.gauges + own, stencils + _stencils(own, spent, now)
+
+
+def _stencils(gauges: Sequence[_Gauge], spent: Spent, now: float) -> tuple[Meter, ...]:
+    return tuple(
+        Meter(gauge.key, gauge.kind, gauge.limit, 0)
+        if gauge.budget is None
+        else spent.meter(gauge.subject, gauge.budget, 0, now)
+        for gauge in gauges
+    )
 
 
 def _gauges(subject: Subject, rate: Rate, budgets: Sequence[Budget]) -> tuple[_Gauge, ...]:
@@ -161,7 +196,7 @@ def _refusal(gauge: _Gauge, meter: Meter, retry_after: float | None) -> RateLimi
     return error
 
 
-def _headers(gauges: Sequence[_Gauge], meters: Sequence[Meter], granted: Granted) -> bytes:
+def _headers(gauges: Sequence[_Gauge], meters: Sequence[Meter], granted: Granted, now: float) -> bytes:
     """Return ``x-ratelimit-*`` of the tightest limit on requests and on tokens."""
     lines = b""
     for measure in ("requests", "tokens"):
@@ -171,6 +206,6 @@ def _headers(gauges: Sequence[_Gauge], meters: Sequence[Meter], granted: Granted
             lines += b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
                 measure.encode(), meters[least].limit,
                 measure.encode(), granted.remaining[least],
-                measure.encode(), reset_text(granted.reset_s[least]).encode(),
+                measure.encode(), reset_text(reset_after(meters[least], now, granted.at[least])).encode(),
             )  # fmt: skip
     return lines

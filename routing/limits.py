@@ -43,11 +43,10 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Granted(msgspec.Struct, frozen=True):
-    """All was taken. ``remaining``: what is left in each meter; ``reset_s``: seconds until it is whole again; ``at``:
-    the second that each window has booked it under; ``is_local``: counted by this process alone."""
+    """All was taken. ``remaining``: what is left in each meter; ``at``: the second that each window has booked it
+    under; ``is_local``: counted by this process alone."""
 
     remaining: tuple[int, ...]
-    reset_s: tuple[float, ...]
     at: tuple[int, ...]
     is_local: bool = True
 
@@ -212,18 +211,15 @@ class LocalLimiter:
         second = int(now)
         if abs(now - self._swept_at) > self._SWEEP_EVERY_S:
             self._sweep(now)
+        is_whole = self._share == 1.0
         remaining: list[int] = []
         for index, meter in enumerate(meters):
-            room = -self._used(meter, second) - meter.amount + self._limit(meter)
+            used = self._used(meter, second)  # before the limit, which may ask what it notes
+            room = (meter.limit if is_whole else self._limit(meter)) - used - meter.amount
             if room < 0:
                 return Refused(index, retry_after(meter, now, self._window_wait(meter, second)))
             remaining.append(room)
-        at = tuple([self._take(meter, second) for meter in meters])
-        return Granted(
-            tuple(remaining),
-            tuple([reset_after(meter, now, booked_at) for meter, booked_at in zip(meters, at, strict=True)]),
-            at,
-        )
+        return Granted(tuple(remaining), tuple([self._take(meter, second) for meter in meters]))
 
     def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
         """Put what was really used in the place of what was taken; see ``Limiter``."""

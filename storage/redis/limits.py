@@ -31,7 +31,6 @@ from routing.limits import (
     Refused,
     Verdict,
     counts_end_user,
-    reset_after,
     retry_after,
 )
 from storage.redis.connection import RedisAwayError, RedisConnection, Script
@@ -294,13 +293,11 @@ def _verdict(meters: Sequence[Meter], now: float, numbers: Iterator[int]) -> Ver
         wait = next(numbers)
         return Refused(refused - 1, retry_after(meters[refused - 1], now, float(wait) if wait >= 0 else None))
     remaining: list[int] = []
-    reset_s: list[float] = []
     at: list[int] = []
     for meter in meters:
         remaining.append(max(0, meter.limit - next(numbers)))
         at.append(next(numbers))
-        reset_s.append(reset_after(meter, now, at[-1]))
-    return Granted(tuple(remaining), tuple(reset_s), tuple(at), is_local=False)
+    return Granted(tuple(remaining), tuple(at), is_local=False)
 
 
 class _Keys:

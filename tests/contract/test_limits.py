@@ -1,14 +1,14 @@
 """What a limiter does, held on the one that counts alone and on the one that counts in Redis."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from routing.limits import WINDOW_S, Granted, Limiter, LocalLimiter, Meter, Refused, Verdict
+from routing.limits import WINDOW_S, Granted, Limiter, LocalLimiter, Meter, Refused, Verdict, reset_after
 from storage.redis.connection import RedisConnection
 from storage.redis.limits import RedisLimiter
 from tests.fakes.clock import ManualClock
@@ -70,6 +70,10 @@ async def granted(limiter: Limiter, *meters: Meter, now: float = NOW) -> Granted
     verdict = await limiter.reserve(meters, now)
     assert isinstance(verdict, Granted), verdict
     return verdict
+
+
+def resets(meters: Sequence[Meter], verdict: Granted, now: float) -> list[float]:
+    return [reset_after(meter, now, at) for meter, at in zip(meters, verdict.at, strict=True)]
 
 
 async def refused(limiter: Limiter, *meters: Meter, now: float = NOW) -> Refused:
@@ -167,9 +171,10 @@ async def test_the_first_meter_without_room_is_named(limiter: Limiter, name: str
 
 
 async def test_a_grant_says_when_each_meter_is_whole_again(limiter: Limiter, name: str) -> None:
-    verdict = await granted(limiter, window(name), period(name, ends_at=NOW + 500), parallel(name))
+    meters = (window(name), period(name, ends_at=NOW + 500), parallel(name))
+    verdict = await granted(limiter, *meters)
 
-    assert verdict.reset_s == (61, 500, 0)
+    assert resets(meters, verdict, NOW) == [61, 500, 0]
 
 
 @pytest.mark.parametrize(("used", "left"), [(2, 8), (5, 5), (9, 1), (12, 0)])
@@ -213,9 +218,10 @@ async def test_a_period_grants_its_limit_until_it_ends(limiter: Limiter, name: s
 
 
 async def test_a_period_without_end_is_never_whole_again(limiter: Limiter, name: str) -> None:
-    verdict = await granted(limiter, period(name, amount=100, ends_at=0))
+    meter = period(name, amount=100, ends_at=0)
+    verdict = await granted(limiter, meter)
 
-    assert verdict.reset_s == (0.0,)
+    assert resets([meter], verdict, NOW) == [0.0]
     assert await refused(limiter, period(name, ends_at=0)) == Refused(0, None)
 
 
@@ -305,7 +311,7 @@ def test_no_window_of_60_seconds_ever_holds_more_than_the_limit(server: RedisSer
                 assert isinstance(verdicts[0], Granted) == (counted + amount <= limit)
                 if isinstance(verdicts[0], Granted) and isinstance(verdicts[1], Granted):
                     assert verdicts[0].remaining == verdicts[1].remaining
-                    assert verdicts[0].reset_s == verdicts[1].reset_s
+                    assert resets(meters, verdicts[0], now) == resets(meters, verdicts[1], now)
                     held.append([now, amount])
                     if used is not None and used <= amount:
                         local.settle(meters, (used,), verdicts[0])

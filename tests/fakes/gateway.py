@@ -98,6 +98,13 @@ class GatewayProcess:
         return path.read_text("utf-8", "replace")[-_LOG_TAIL:] if path.exists() else ""
 
     @property
+    def logs(self) -> str:
+        """That and the ends of what its workers wrote."""
+        workers = sorted((self.directory / "state" / "logs").glob("*.log"))
+        ends = [f"{path.name}:\n{path.read_text('utf-8', 'replace')[-_LOG_TAIL:]}" for path in workers]
+        return "\n".join([f"gateway log:\n{self.log}", *ends])
+
+    @property
     def _running(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, "enter or start the GatewayProcess first"
         return self._process
@@ -106,7 +113,8 @@ class GatewayProcess:
         try:
             self.launch()
             await self.until_ready()
-        except BaseException:
+        except BaseException as error:
+            error.add_note(self.logs)
             await self.aclose()
             raise
         return self
@@ -115,7 +123,7 @@ class GatewayProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            error.add_note(f"gateway log:\n{self.log}")
+            error.add_note(self.logs)
         await self.aclose()
 
     def launch(self) -> None:

@@ -91,7 +91,7 @@ class SharedCounts:
             raise LimitsUnavailable("away")
         for meter in meters:
             self._open.add(meter.key, meter.amount)
-        return Granted((0,), (0.0,), (0,), is_local=False)
+        return Granted((0,), (0,), is_local=False)
 
     def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
         self.settled.append(tuple(used))
