@@ -1,7 +1,10 @@
 """S8: what would cost far more than it costs to send is refused with a clear 400; what is accepted stalls nobody."""
 
+import gc
 import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,10 @@ from core.ids import ModelName, RequestId
 from core.tenancy import Ceilings
 from gateway.api.ceilings import check_depth
 from gateway.api.requests import parse_body, read_call
+from gateway.app import data_app
+from gateway.connection import EXTENSION
 from routing.catalog import Catalog, Model
+from tests.fakes.admin import opened
 from tests.fakes.tenancy import principal, tenant
 
 CATALOG = Catalog((Model(name=ModelName("m")),))
@@ -182,3 +188,36 @@ def test_a_body_of_millions_of_parts_is_refused_at_once(raw: bytes) -> None:
         parse_body(raw)
 
     assert time.monotonic() - began < 2  # a generous bound: it takes 0.1 s
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"model": "m", "tools": [' + b'{"type": "function"},' * 999 + b"0]}", b'{"model": ', b'{"model": "n"}']
+)
+async def test_what_was_refused_is_gone_at_once_and_waits_for_no_collector(raw: bytes, tmp_path: Path) -> None:
+    key = "fbk_0123456789-of-the-attacker"
+    models = {"m": {"workers": [{"engine": "openai", "url": "http://127.0.0.1:9"}]}}
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": raw}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions",
+        "headers": [(b"authorization", f"Bearer {key}".encode())],
+        "extensions": {EXTENSION: SimpleNamespace(unwatch=lambda: None)},
+    }  # fmt: skip
+    async with opened(tmp_path, keys=[{"name": "k", "tenant": "t", "key": key}], models=models) as (_, services):
+        app = data_app(services)
+        gc.collect()
+        gc.disable()
+        try:
+            await app(scope, receive, send)
+            kept = [one for one in gc.get_objects() if type(one).__name__ == "_Exchange"]
+        finally:
+            gc.enable()
+
+    assert sent[0]["status"] in {400, 404}
+    assert not kept
