@@ -125,7 +125,7 @@ class _Exchange:
             self.task.cancel()
 
     def forget_error(self) -> None:
-        """Let go of the error. Its traceback holds frames, and they hold the exchange and the parsed body: a cycle, that
+        """Let go of the error. Its traceback holds frames, and they hold the exchange and the parsed body: a cycle that
         only the collector takes away, late and many at once (measured: all stood still for 35 ms)."""
         if self.error is not None:
             self.error.__traceback__ = None
