@@ -3,6 +3,7 @@
 import gc
 import json
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,12 +197,12 @@ def test_a_body_of_millions_of_parts_is_refused_at_once(raw: bytes) -> None:
 async def test_what_was_refused_is_gone_at_once_and_waits_for_no_collector(raw: bytes, tmp_path: Path) -> None:
     key = "fbk_0123456789-of-the-attacker"
     models = {"m": {"workers": [{"engine": "openai", "url": "http://127.0.0.1:9"}]}}
-    sent: list[dict[str, Any]] = []
+    sent: list[MutableMapping[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": raw}
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
     scope = {
