@@ -99,23 +99,12 @@ class Arm:
 
 ALONE, PRIORITY = Arm("vllm"), Arm("vllm-priority", has_priority=True)
 FCFS, VTC, VTC_PC = Arm("fcfs", "fcfs"), Arm("vtc", "vtc"), Arm("vtc-pc", "vtc-pc")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A server, and in what order which arms run on it. ``suffix`` marks its arms."""
-
-    suffix: str
-    rounds: tuple[tuple[Arm, ...], ...]
-
-
 _ROUND = (ALONE, PRIORITY, FCFS, VTC, VTC_PC)
+# By server, in the order in which they run.
 # vLLM 0.26 with offload dies when a request is aborted that it has queued (its issue 49118), as those of the arm
 # without a gateway are at the end of the window: so that arm is the last, and once.
-SETUPS: Mapping[str, Setup] = {
-    "plain": Setup("", (_ROUND, _ROUND[::-1])),
-    "offload": Setup("+offload", ((VTC_PC, VTC_PC, PRIORITY),)),
-}
+SERVERS: Mapping[str, tuple[Arm, ...]] = {"plain": _ROUND + _ROUND[::-1], "offload": (VTC_PC, VTC_PC, PRIORITY)}
+SUFFIXES = {"plain": "", "offload": "+offload"}
 
 
 @dataclass
@@ -333,8 +322,7 @@ async def run(chosen: argparse.Namespace, plan: Plan, seen: list[Seen], problems
     end = time.monotonic() + chosen.limit if chosen.limit else float("inf")
     started_s = 0.0
     for name in ("plain",) if chosen.cpu else chosen.servers.split(","):  # vLLM offloads from GPUs alone
-        setup = SETUPS[name]
-        suffix = setup.suffix
+        suffix = SUFFIXES[name]
         if time.monotonic() + started_s + plan.seconds + SPARE_S > end:
             problems.append(f"no time for the server {name!r}")
             return
@@ -346,20 +334,20 @@ async def run(chosen: argparse.Namespace, plan: Plan, seen: list[Seen], problems
                 async with server.gateway:
                     started_s = time.monotonic() - began
                     say(f"server{suffix} ready after {started_s:.0f} s")
-                    await _arms(server, setup, chosen.arms, end, seen)
+                    await _arms(server, name, chosen.arms, end, seen)
             except Exception as error:  # noqa: BLE001 - what was seen until then is worth keeping
                 problems.append(f"server{suffix}: {type(error).__name__} {error}")
                 say("\n".join([problems[-1], *getattr(error, "__notes__", [])]))
 
 
-async def _arms(server: Server, setup: Setup, names: str | None, end: float, seen: list[Seen]) -> None:
+async def _arms(server: Server, which: str, names: str | None, end: float, seen: list[Seen]) -> None:
     await play([Ask(0.0, HOG, "Warm up.", 64)] * 8, await server.target(ALONE))
-    for number, arm in enumerate(arm for arms in setup.rounds for arm in arms):
+    for number, arm in enumerate(SERVERS[which]):
         if names and arm.name not in names.split(","):
             continue
         if time.monotonic() + server.seconds > end:
             raise Failed(f"no time for {arm.name}")
-        one = await server.measure(arm, setup.suffix, number)
+        one = await server.measure(arm, SUFFIXES[which], number)
         seen.append(one)
         samples = one.samples
         say(
@@ -400,8 +388,7 @@ def verdicts(seen: Sequence[Seen], problems: Sequence[str]) -> tuple[list[str], 
         lines.append(f"target {name}: want {want}, measured {shown}, {'held' if held else 'missed'}")
         kept = kept and held
 
-    for setup in SETUPS.values():
-        suffix = setup.suffix
+    for suffix in SUFFIXES.values():
         ours, theirs = by_name.get(f"{VTC_PC.name}{suffix}"), by_name.get(f"{PRIORITY.name}{suffix}")
         if ours is None or theirs is None:
             continue
@@ -483,6 +470,8 @@ def arguments() -> argparse.Namespace:
     chosen = parser.parse_args()
     if not chosen.cpu and not (chosen.source and chosen.command):
         parser.error("--source and --command are needed, or --cpu")
+    if unknown := set(chosen.servers.split(",")) - set(SERVERS):
+        parser.error(f"--servers knows plain and offload, not {min(unknown)!r}")
     return chosen
 
 

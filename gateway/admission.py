@@ -47,8 +47,9 @@ class _Known:
 
     def meters(self, spent: Spent, now: float) -> tuple[Meter, ...]:
         """Return the stencils as they are now."""
-        if self.spent is not spent or self.day != day_of(now):
-            self.spent, self.day = spent, day_of(now)
+        day = day_of(now)
+        if self.spent is not spent or self.day != day:
+            self.spent, self.day = spent, day
             self.stencils = _stencils(self.gauges, spent, now)
         return self.stencils
 
@@ -135,7 +136,7 @@ class Admission:
                 *_gauges(("key", principal.key.id), principal.key.rate, principal.key.budgets),
             )
             known = self._known[principal.key.id] = _Known(principal, gauges)
-        stencils = known.meters(spent, now)
+        stencils = known.meters(spent, now) if known.gauges else ()
         user = call.context.end_user
         if not user or not tenant.tells_end_users_apart:
             return known.gauges, stencils
