@@ -13,7 +13,7 @@ from core.tenancy import PICO_PER_USD, Budget, Price, Rate
 from gateway.auth import Principal
 from gateway.errors import reset_text
 from routing.budgets import Spent, Subject, day_of
-from routing.limits import Granted, Kind, Limiter, Meter, Refused, reset_after
+from routing.limits import Claim, Granted, Kind, Limiter, Meter, Refused, reset_after
 
 Measure = Literal["requests", "tokens", "parallel", "token budget", "money budget"]
 _NO_PRICE = Price()
@@ -30,35 +30,73 @@ class _Gauge(NamedTuple):
     budget: Budget | None = None
 
 
-class _Known:
-    """What a principal's calls come under: the same for each until its key, the ledger's figures or the day change.
+_REQUESTS, _TOKENS, _MONEY = range(3)  # what a call may use, in this order, and what it has used
+_AMOUNT_OF: dict[Measure, int] = {
+    "requests": _REQUESTS,
+    "parallel": _REQUESTS,
+    "tokens": _TOKENS,
+    "token budget": _TOKENS,
+    "money budget": _MONEY,
+}
 
-    ``stencils``: the meters of the gauges, with no amount yet.
-    """
 
-    __slots__ = ("day", "gauges", "principal", "spent", "stencils")
+class _Terms:
+    """What some calls come under: gauges with their meters, and what of a call each measures."""
 
-    def __init__(self, principal: Principal, gauges: tuple[_Gauge, ...]) -> None:
-        self.principal = principal
+    __slots__ = ("amounts", "gauges", "has_money", "meters", "shown")
+
+    def __init__(self, gauges: tuple[_Gauge, ...], spent: Spent, now: float) -> None:
         self.gauges = gauges
+        self.meters = tuple(
+            Meter(gauge.key, gauge.kind, gauge.limit)
+            if gauge.budget is None
+            else spent.meter(gauge.subject, gauge.budget, now)
+            for gauge in gauges
+        )
+        self.amounts = tuple(_AMOUNT_OF[gauge.measure] for gauge in gauges)
+        self.has_money = _MONEY in self.amounts
+        indices = [
+            (measure, [index for index, gauge in enumerate(gauges) if gauge.measure == measure])
+            for measure in ("requests", "tokens")
+        ]
+        self.shown = [(measure.encode(), own) for measure, own in indices if own]
+
+    def claim(self, requests: int, tokens: int, money: int) -> tuple[int, ...]:
+        """Return how much of each meter that is."""
+        values = (requests, tokens, money)
+        return tuple([values[which] for which in self.amounts])
+
+
+class _Known:
+    """The terms of a principal's calls: the same for each until its key, the ledger's figures or the day change."""
+
+    __slots__ = ("day", "gauges", "principal", "spent", "terms")
+
+    def __init__(self, principal: Principal) -> None:
+        owner, key = principal.tenant_spec, principal.key
+        self.principal = principal
+        self.gauges = (
+            *_gauges(("tenant", owner.id), owner.rate, owner.budgets),
+            *_gauges(("key", key.id), key.rate, key.budgets),
+        )
         self.spent: Spent | None = None
         self.day = 0
-        self.stencils: tuple[Meter, ...] = ()
+        self.terms = _Terms((), Spent(), 0)
 
-    def meters(self, spent: Spent, now: float) -> tuple[Meter, ...]:
-        """Return the stencils as they are now."""
+    def terms_of(self, spent: Spent, now: float) -> _Terms:
+        """Return the terms as they are now."""
         day = day_of(now)
-        if self.spent is not spent or self.day != day:
+        if self.gauges and (self.spent is not spent or self.day != day):
             self.spent, self.day = spent, day
-            self.stencils = _stencils(self.gauges, spent, now)
-        return self.stencils
+            self.terms = _Terms(self.gauges, spent, now)
+        return self.terms
 
 
 class Admitted(msgspec.Struct, frozen=True):
     """A call's reservation. ``headers`` tell the client what is left, ready for the wire."""
 
-    gauges: tuple[_Gauge, ...]
-    meters: tuple[Meter, ...]
+    terms: _Terms
+    claim: Claim
     granted: Granted
     headers: bytes
 
@@ -85,33 +123,20 @@ class Admission:
         Raises ``RateLimited`` or ``BudgetExceeded``, having taken nothing, or ``LimitsUnavailable``.
         """
         now = self._clock.wall()
-        gauges, stencils = self._under(principal, call, now)
-        if not gauges:
+        terms = self._terms(principal, call, now)
+        if not terms.gauges:
             return None
-        cost = self._highest_cost(call) if any(gauge.measure == "money budget" for gauge in gauges) else 0
-        amounts = {
-            "requests": 1,
-            "parallel": 1,
-            "tokens": call.tokens_estimate,
-            "token budget": call.tokens_estimate,
-            "money budget": cost,
-        }
-        meters = tuple(
-            [
-                Meter(one.key, one.kind, one.limit, amounts[gauge.measure], one.seed, one.ends_at)
-                for gauge, one in zip(gauges, stencils, strict=True)
-            ]
-        )
-        verdict = await self._limiter.reserve(meters, now)
+        cost = self._highest_cost(call) if terms.has_money else 0
+        claim = Claim(terms.meters, terms.claim(1, call.tokens_estimate, cost))
+        verdict = await self._limiter.reserve(claim, now)
         if isinstance(verdict, Refused):
-            raise _refusal(gauges[verdict.meter], meters[verdict.meter], verdict.retry_after)
-        return Admitted(gauges, meters, verdict, _headers(gauges, meters, verdict, now))
+            raise _refusal(terms.gauges[verdict.meter], claim, verdict)
+        return Admitted(terms, claim, verdict, _headers(terms, verdict, now))
 
     def settle(self, admitted: Admitted, usage: Usage | None, cost: int) -> None:
         """Put what the call really used in the place of what it took. Never waits."""
         tokens = usage.prompt_tokens + usage.completion_tokens if usage is not None else 0
-        used = {"requests": 1, "parallel": 0, "tokens": tokens, "token budget": tokens, "money budget": cost}
-        self._limiter.settle(admitted.meters, [used[gauge.measure] for gauge in admitted.gauges], admitted.granted)
+        self._limiter.settle(admitted.claim, admitted.terms.claim(1, tokens, cost), admitted.granted)
 
     async def forget(self, tenant: str, end_user: str | None) -> None:
         """Forget the counts of one end user of a tenant, or of all of them; see ``Limiter``."""
@@ -126,31 +151,16 @@ class Admission:
         most = Usage(prompt_tokens=call.prompt_tokens_estimate, completion_tokens=call.max_tokens)
         return max(self.price(model).cost(most) for model in (call.model, *call.fallbacks))
 
-    def _under(self, principal: Principal, call: Call, now: float) -> tuple[tuple[_Gauge, ...], tuple[Meter, ...]]:
-        """Return what the call comes under, and the meter of each with no amount yet."""
+    def _terms(self, principal: Principal, call: Call, now: float) -> _Terms:
         tenant, spent = principal.tenant_spec, self._spent()
         known = self._known.get(principal.key.id)
         if known is None or known.principal is not principal:
-            gauges = (
-                *_gauges(("tenant", tenant.id), tenant.rate, tenant.budgets),
-                *_gauges(("key", principal.key.id), principal.key.rate, principal.key.budgets),
-            )
-            known = self._known[principal.key.id] = _Known(principal, gauges)
-        stencils = known.meters(spent, now) if known.gauges else ()
+            known = self._known[principal.key.id] = _Known(principal)
         user = call.context.end_user
         if not user or not tenant.tells_end_users_apart:
-            return known.gauges, stencils
+            return known.terms_of(spent, now)
         own = _gauges(("end_user", tenant.id, user), tenant.end_user, tenant.end_user_budgets)
-        return known.gauges + own, stencils + _stencils(own, spent, now)
-
-
-def _stencils(gauges: Sequence[_Gauge], spent: Spent, now: float) -> tuple[Meter, ...]:
-    return tuple(
-        Meter(gauge.key, gauge.kind, gauge.limit, 0)
-        if gauge.budget is None
-        else spent.meter(gauge.subject, gauge.budget, 0, now)
-        for gauge in gauges
-    )
+        return _Terms(known.gauges + own, spent, now)
 
 
 def _gauges(subject: Subject, rate: Rate, budgets: Sequence[Budget]) -> tuple[_Gauge, ...]:
@@ -171,16 +181,17 @@ def _gauges(subject: Subject, rate: Rate, budgets: Sequence[Budget]) -> tuple[_G
 _PERIOD_WORDS = {"day": "today", "week": "this week", "month": "this month", "total": "in all"}
 
 
-def _refusal(gauge: _Gauge, meter: Meter, retry_after: float | None) -> RateLimited:
+def _refusal(gauge: _Gauge, claim: Claim, refused: Refused) -> RateLimited:
+    meter, amount, retry_after = claim.meters[refused.meter], claim.amounts[refused.meter], refused.retry_after
     whose = f"{gauge.subject[0].replace('_', ' ')} {gauge.subject[-1]!r}"
     if gauge.budget is not None:
         what = f"{meter.limit:,} tokens" if gauge.budget.unit == "tokens" else f"{meter.limit / PICO_PER_USD:,.2f} USD"
         return BudgetExceeded(
             f"the budget of {whose}, {what} {_PERIOD_WORDS[gauge.budget.period]}, has no room for this request"
         )
-    if meter.amount > meter.limit:
+    if amount > meter.limit:
         error = RateLimited(
-            f"this request may use {meter.amount:,} {gauge.measure}, and {whose} may use {meter.limit:,} in a minute: "
+            f"this request may use {amount:,} {gauge.measure}, and {whose} may use {meter.limit:,} in a minute: "
             "lower `max_tokens` or shorten the prompt",
             code="request_exceeds_limit",
         )
@@ -197,16 +208,14 @@ def _refusal(gauge: _Gauge, meter: Meter, retry_after: float | None) -> RateLimi
     return error
 
 
-def _headers(gauges: Sequence[_Gauge], meters: Sequence[Meter], granted: Granted, now: float) -> bytes:
+def _headers(terms: _Terms, granted: Granted, now: float) -> bytes:
     """Return ``x-ratelimit-*`` of the tightest limit on requests and on tokens."""
     lines = b""
-    for measure in ("requests", "tokens"):
-        indices = [index for index, gauge in enumerate(gauges) if gauge.measure == measure]
-        if indices:
-            least = min(indices, key=granted.remaining.__getitem__)
-            lines += b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
-                measure.encode(), meters[least].limit,
-                measure.encode(), granted.remaining[least],
-                measure.encode(), reset_text(reset_after(meters[least], now, granted.at[least])).encode(),
-            )  # fmt: skip
+    for measure, indices in terms.shown:
+        least = min(indices, key=granted.remaining.__getitem__)
+        meter, at = terms.meters[least], granted.at[least]
+        lines += b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
+            measure, meter.limit, measure, granted.remaining[least],
+            measure, reset_text(reset_after(meter, now, at)).encode(),
+        )  # fmt: skip
     return lines

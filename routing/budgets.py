@@ -68,15 +68,14 @@ class Spent:
             return 0  # the ledger has not been read since the period began
         return self._used.get((subject, budget.period, budget.unit), 0)
 
-    def meter(self, subject: Subject, budget: Budget, amount: int, now: float) -> Meter:
-        """Return the meter that a request which may use ``amount`` needs room in."""
+    def meter(self, subject: Subject, budget: Budget, now: float) -> Meter:
+        """Return the meter that the subject's requests need room in."""
         day = day_of(now)
         start = first_day(budget.period, day)
         return Meter(
             key=f"budget/{'/'.join(subject)}/{budget.unit}/{budget.period}/{start}",
             kind="period",
             limit=budget.amount,
-            amount=amount,
             seed=self.used(subject, budget, now),
             ends_at=ends_at(budget.period, day),
         )

@@ -1,8 +1,9 @@
 """Limits by reservation: what a request may use is taken before it runs, and settled to what it really used after.
 
-A request names its *meters*: a window of 60 seconds (requests, tokens), a budget's period (tokens, money), or answers
-open at a time. All of them are taken together or none is. ``LocalLimiter`` keeps the counts of one process;
-``storage/redis/limits.py`` keeps them for several, and the contract suite holds both to the same behaviour.
+A request *claims* an amount of each of its *meters*: a window of 60 seconds (requests, tokens), a budget's period
+(tokens, money), or answers open at a time. All of it is taken together or nothing is. ``LocalLimiter`` keeps the counts
+of one process; ``storage/redis/limits.py`` keeps them for several, and the contract suite holds both to the same
+behaviour.
 """
 
 from collections import deque
@@ -20,7 +21,7 @@ Kind = Literal["window", "period", "parallel"]
 
 
 class Meter(msgspec.Struct, frozen=True):
-    """One count that a request needs room in. ``amount``: how much it takes now.
+    """One count that a request needs room in.
 
     ``key`` names the count, for a period with the period in it; the meters of one request have different keys.
     ``seed``: what a durable ledger says has been used of the period so far; a count that knows less starts from it.
@@ -30,9 +31,16 @@ class Meter(msgspec.Struct, frozen=True):
     key: str
     kind: Kind
     limit: int
-    amount: int
     seed: int = 0
     ends_at: float = 0.0
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """How much a request takes of each meter. Requests of one caller share their ``meters``: what does not change is
+    drawn up, and told, once for many."""
+
+    meters: tuple[Meter, ...]
+    amounts: tuple[int, ...]
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -57,10 +65,10 @@ Verdict = Granted | Refused
 class Limiter(Protocol):
     """Keeps the counts. Times are Unix seconds; processes that share counts have to agree on them to a few seconds."""
 
-    async def reserve(self, meters: Sequence[Meter], now: float) -> Verdict:
-        """Take every meter's amount, or none. Raises ``LimitsUnavailable`` where the counts cannot be reached."""
+    async def reserve(self, claim: Claim, now: float) -> Verdict:
+        """Take all of a claim, or nothing. Raises ``LimitsUnavailable`` where the counts cannot be reached."""
 
-    def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
+    def settle(self, claim: Claim, used: Sequence[int], granted: Granted) -> None:
         """Put what was really used in the place of what was taken; ``parallel`` meters are given back whole.
 
         Never waits and never fails: what cannot be told now is told later.
@@ -113,10 +121,10 @@ def reset_after(meter: Meter, now: float, at: int) -> float:
     return max(0.0, meter.ends_at - now)
 
 
-def retry_after(meter: Meter, now: float, window_wait: float | None) -> float | None:
-    """Return in how many seconds a meter that has no room may have it, None if never. ``window_wait``: what the window
-    says, if it is one."""
-    if meter.amount > meter.limit:
+def retry_after(meter: Meter, amount: int, now: float, window_wait: float | None) -> float | None:
+    """Return in how many seconds a meter without room for ``amount`` may have it, None if never. ``window_wait``: what
+    the window says, if it is one."""
+    if amount > meter.limit:
         return None
     match meter.kind:
         case "window":
@@ -132,18 +140,18 @@ def retry_after(meter: Meter, now: float, window_wait: float | None) -> float | 
 class _Window:
     """What was taken in the last 60 seconds, by the second. Counts stay until their whole second has left it."""
 
-    __slots__ = ("seconds", "total")
+    __slots__ = ("seconds", "used")
 
     def __init__(self) -> None:
         self.seconds: deque[list[int]] = deque()  # [second, amount], oldest first
-        self.total = 0
+        self.used = 0
 
     def expire(self, second: int) -> None:
         """Drop what has left the window; also what lies more than a window ahead: the clock was set back."""
         while self.seconds and self.seconds[-1][0] > second + WINDOW_S:
-            self.total -= self.seconds.pop()[1]
+            self.used -= self.seconds.pop()[1]
         while self.seconds and self.seconds[0][0] < second - WINDOW_S:
-            self.total -= self.seconds.popleft()[1]
+            self.used -= self.seconds.popleft()[1]
 
     def take(self, second: int, amount: int) -> int:
         """Book an amount; return the second it is booked under: the last one, for a clock that was set back."""
@@ -151,7 +159,7 @@ class _Window:
             self.seconds[-1][1] += amount
         else:
             self.seconds.append([second, amount])
-        self.total += amount
+        self.used += amount
         return self.seconds[-1][0]
 
     def correct(self, second: int, amount: int) -> None:
@@ -159,12 +167,12 @@ class _Window:
         for entry in reversed(self.seconds):
             if entry[0] == second:
                 entry[1] += amount
-                self.total += amount
+                self.used += amount
                 return
 
     def wait_for(self, amount: int, limit: int, second: int) -> float:
         """Return in how many seconds ``amount`` more, which is not more than ``limit``, will fit."""
-        excess = self.total + amount - limit
+        excess = self.used + amount - limit
         frees_at = second
         for booked_at, booked in self.seconds:
             if excess <= 0:
@@ -188,6 +196,15 @@ class _Period:
         if seed > self.used:
             self.base = self.used = seed
 
+    def take(self, second: int, amount: int) -> int:
+        """Book an amount; no second matters to a period."""
+        self.used += amount
+        return 0
+
+    def correct(self, second: int, amount: int) -> None:
+        """Change what was booked."""
+        self.used += amount
+
 
 class LocalLimiter:
     """The counts of one process. Costs microseconds; forgets what has left its window or period.
@@ -206,35 +223,41 @@ class LocalLimiter:
         self._periods: dict[str, _Period] = {}
         self._swept_at = 0.0
 
-    async def reserve(self, meters: Sequence[Meter], now: float) -> Verdict:
-        """Take every meter's amount, or none; see ``Limiter``. Never waits."""
+    async def reserve(self, claim: Claim, now: float) -> Verdict:
+        """Take all of a claim, or nothing; see ``Limiter``. Never waits."""
         second = int(now)
         if abs(now - self._swept_at) > self._SWEEP_EVERY_S:
             self._sweep(now)
-        is_whole = self._share == 1.0
+        meters, amounts, is_whole = claim.meters, claim.amounts, self._share == 1.0
         remaining: list[int] = []
-        for index, meter in enumerate(meters):
-            used = self._used(meter, second)  # before the limit, which may ask what it notes
-            room = (meter.limit if is_whole else self._limit(meter)) - used - meter.amount
-            if room < 0:
-                return Refused(index, retry_after(meter, now, self._window_wait(meter, second)))
-            remaining.append(room)
-        return Granted(tuple(remaining), tuple([self._take(meter, second) for meter in meters]))
+        counts: list[_Window | _Period | None] = []
+        for index, (meter, amount) in enumerate(zip(meters, amounts, strict=True)):
+            count = self._count(meter, second)  # before the limit, which may ask what it notes
+            used = self._open.counts.get(meter.key, 0) if count is None else count.used
+            limit = meter.limit if is_whole else self._limit(meter, amount)
+            if used + amount > limit:
+                wait = count.wait_for(amount, limit, second) if isinstance(count, _Window) else None
+                return Refused(index, retry_after(meter, amount, now, wait))
+            remaining.append(limit - used - amount)
+            counts.append(count)
+        at: list[int] = []
+        for meter, amount, count in zip(meters, amounts, counts, strict=True):
+            if count is None:
+                self._open.add(meter.key, amount)
+                at.append(0)
+            else:
+                at.append(count.take(second, amount))
+        return Granted(tuple(remaining), tuple(at))
 
-    def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
+    def settle(self, claim: Claim, used: Sequence[int], granted: Granted) -> None:
         """Put what was really used in the place of what was taken; see ``Limiter``."""
-        for meter, really, at in zip(meters, used, granted.at, strict=True):
-            match meter.kind:
-                case "window":
-                    if really != meter.amount and (window := self._windows.get(meter.key)) is not None:
-                        window.correct(at, really - meter.amount)
-                case "period":
-                    if (period := self._periods.get(meter.key)) is not None:
-                        period.used += really - meter.amount
-                case "parallel":
-                    self._open.add(meter.key, -meter.amount)
-                case _:
-                    assert_never(meter.kind)
+        for meter, amount, really, at in zip(claim.meters, claim.amounts, used, granted.at, strict=True):
+            if meter.kind == "parallel":
+                self._open.add(meter.key, -amount)
+            elif really != amount:
+                counts: Mapping[str, _Window | _Period] = self._windows if meter.kind == "window" else self._periods
+                if (count := counts.get(meter.key)) is not None:
+                    count.correct(at, really - amount)
 
     async def forget(self, tenant: str, end_user: str | None) -> None:
         """Forget the counts of an end user, or of all of a tenant's; see ``Limiter``. Never waits."""
@@ -242,51 +265,27 @@ class LocalLimiter:
             for key in [key for key in counts if counts_end_user(key, tenant, end_user)]:
                 del counts[key]
 
-    def _limit(self, meter: Meter) -> int:
-        if self._share == 1.0:
-            return meter.limit
+    def _limit(self, meter: Meter, amount: int) -> int:
+        """Return the share of a meter's limit, once its count is there."""
         base = self._periods[meter.key].base if meter.kind == "period" else 0
         left = meter.limit - base
-        return base + max(int(left * self._share), min(meter.amount, left))
+        return base + max(int(left * self._share), min(amount, left))
 
-    def _used(self, meter: Meter, second: int) -> int:
-        match meter.kind:
-            case "window":
-                window = self._windows.get(meter.key)
-                if window is None:
-                    return 0
-                window.expire(second)
-                return window.total
-            case "period":
-                period = self._periods.get(meter.key)
-                if period is None:
-                    period = self._periods[meter.key] = _Period(meter.ends_at)
-                period.raise_to(meter.seed)
-                return period.used
-            case "parallel":
-                return self._open.counts.get(meter.key, 0)
-            case _:
-                assert_never(meter.kind)
-
-    def _take(self, meter: Meter, second: int) -> int:
-        """Take the amount; return the second it is booked under, where that matters."""
-        match meter.kind:
-            case "window":
-                window = self._windows.get(meter.key)
-                if window is None:
-                    window = self._windows[meter.key] = _Window()
-                return window.take(second, meter.amount)
-            case "period":
-                self._periods[meter.key].used += meter.amount
-            case "parallel":
-                self._open.add(meter.key, meter.amount)
-            case _:
-                assert_never(meter.kind)
-        return 0
-
-    def _window_wait(self, meter: Meter, second: int) -> float | None:
-        window = self._windows.get(meter.key) if meter.kind == "window" else None
-        return window.wait_for(meter.amount, self._limit(meter), second) if window is not None else None
+    def _count(self, meter: Meter, second: int) -> "_Window | _Period | None":
+        """Return a meter's count as it is now; None for answers that are open."""
+        if meter.kind == "window":
+            window = self._windows.get(meter.key)
+            if window is None:
+                window = self._windows[meter.key] = _Window()
+            window.expire(second)
+            return window
+        if meter.kind == "period":
+            period = self._periods.get(meter.key)
+            if period is None:
+                period = self._periods[meter.key] = _Period(meter.ends_at)
+            period.raise_to(meter.seed)
+            return period
+        return None
 
     def _sweep(self, now: float) -> None:
         """Forget counts that nobody has asked for since they ran out."""
@@ -309,16 +308,16 @@ class FallbackLimiter:
         self._shared = shared
         self._local = local
 
-    async def reserve(self, meters: Sequence[Meter], now: float) -> Verdict:
-        """Take every meter's amount, or none; see ``Limiter``. Raises nothing."""
+    async def reserve(self, claim: Claim, now: float) -> Verdict:
+        """Take all of a claim, or nothing; see ``Limiter``. Raises nothing."""
         try:
-            return await self._shared.reserve(meters, now)
+            return await self._shared.reserve(claim, now)
         except LimitsUnavailable:
-            return await self._local.reserve(meters, now)
+            return await self._local.reserve(claim, now)
 
-    def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
+    def settle(self, claim: Claim, used: Sequence[int], granted: Granted) -> None:
         """Tell whoever has granted it; see ``Limiter``."""
-        (self._local if granted.is_local else self._shared).settle(meters, used, granted)
+        (self._local if granted.is_local else self._shared).settle(claim, used, granted)
 
     async def forget(self, tenant: str, end_user: str | None) -> None:
         """Forget them in both; see ``Limiter``. Raises ``LimitsUnavailable``: shared counts outlive this process."""

@@ -1,5 +1,6 @@
 """Databases for tests: SQLite in a file, and a real PostgreSQL that is started once, when the first test wants it."""
 
+import gc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import pytest
 from storage.sql.database import Database, sqlite_url
 from storage.sql.schema import upgrade
 from tests.fakes.postgres import Postgres
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _spare_what_is_old_the_collector() -> None:
+    """Keep what earlier modules left out of the collector's way: going through all of it holds every timeout of a test
+    up for the better part of a second, and on a busy machine for seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 --
 -- KEYS[1]  what this replica's last call was answered     KEYS[2]  when each replica was last heard
 -- KEYS[3…] counts; the call names them by their place in KEYS
--- ARGV[1]  MessagePack: {replica, number, time, open, corrections, reservations}
+-- ARGV[1]  MessagePack: {replica, number, time, open, corrections, shapes, reservations}
 --   open          {key, count}                 answers this replica has open, absolute
 --   corrections   {key, second, delta}         of a window, or with second < 0 of a period
---   reservations  {second, {key, kind, limit, amount, seed, ttl}…}   all of the meters or none; kinds as below
--- Answers MessagePack, one list: for each reservation either 0 and two numbers per meter (used, second it was booked
--- under), or the place of the meter without room and the seconds until its window has some (-1: not known).
+--   shapes        {{key, kind, limit, seed, ttl}…}   the meters of some reservations; kinds as below
+--   reservations  {shape, second, amounts}     all of the shape's meters or none
+-- Answers MessagePack, one list: for each reservation either 0, what is used of each meter, and the second that each has
+-- booked it under, or the place of the meter without room and the seconds until its window has some (-1: not known).
 --
 -- Calls of a replica are numbered. A call that comes again, or too late, changes nothing and gets the last answer:
 -- whoever lost an answer may ask again.
@@ -16,7 +17,7 @@ local WINDOW, PERIOD = 0, 1
 local WINDOW_S, WINDOW_TTL_S = 60, 122
 local REPLICA_DEAD_AFTER_S, PARALLEL_TTL_S, CALLS_TTL_S = 10, 60, 86400
 
-local replica, number, time, open, corrections, reservations = unpack(cmsgpack.unpack(ARGV[1]))
+local replica, number, time, open, corrections, shapes, reservations = unpack(cmsgpack.unpack(ARGV[1]))
 
 local last = redis.call('HMGET', KEYS[1], 'number', 'answer')
 if last[1] and tonumber(last[1]) >= number then
@@ -180,23 +181,25 @@ end
 
 local verdicts = {}
 for _, reservation in ipairs(reservations) do
-  local second, meters = reservation[1], reservation[2]
+  local shape, second, amounts = unpack(reservation)
+  local meters, count = shapes[shape], #verdicts
   local refused
   for i, meter in ipairs(meters) do
-    local key, kind, limit, amount, seed = unpack(meter)
+    local key, kind, limit, seed = unpack(meter)
+    local amount = amounts[i]
     if used_of(second, key, kind, seed) + amount > limit then
       refused = i
-      verdicts[#verdicts + 1] = i
-      verdicts[#verdicts + 1] = kind == WINDOW and amount <= limit and wait_for(window(key), amount, limit, second) or -1
+      verdicts[count + 1] = i
+      verdicts[count + 2] = kind == WINDOW and amount <= limit and wait_for(window(key), amount, limit, second) or -1
       break
     end
   end
   if not refused then
-    verdicts[#verdicts + 1] = 0
-    for _, meter in ipairs(meters) do
-      local used, booked_at = take(second, meter[1], meter[2], meter[4], meter[6])
-      verdicts[#verdicts + 1] = used
-      verdicts[#verdicts + 1] = booked_at
+    verdicts[count + 1] = 0
+    for i, meter in ipairs(meters) do
+      local used, booked_at = take(second, meter[1], meter[2], amounts[i], meter[5])
+      verdicts[count + 1 + i] = used
+      verdicts[count + 1 + #meters + i] = booked_at
     end
   end
 end

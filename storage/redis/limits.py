@@ -14,7 +14,7 @@ import contextlib
 import math
 import secrets
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,6 +24,7 @@ import msgspec
 from core.clock import Clock
 from core.errors import LimitsUnavailable
 from routing.limits import (
+    Claim,
     Granted,
     Kind,
     Meter,
@@ -47,7 +48,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 _ANSWER: msgspec.msgpack.Decoder[list[int]] = msgspec.msgpack.Decoder(list[int])
 
 
-_Reservation = tuple[Sequence[Meter], float, asyncio.Future[Verdict]]
+_Reservation = tuple[Claim, float, asyncio.Future[Verdict]]
 
 
 class _Call:
@@ -119,29 +120,29 @@ class RedisLimiter:
         if self._settle_timer is not None:
             self._settle_timer.cancel()
 
-    async def reserve(self, meters: Sequence[Meter], now: float) -> Verdict:
-        """Take every meter's amount, or none; see ``Limiter``. Raises ``LimitsUnavailable``."""
+    async def reserve(self, claim: Claim, now: float) -> Verdict:
+        """Take all of a claim, or nothing; see ``Limiter``. Raises ``LimitsUnavailable``."""
         if not self._connection.is_up:
             raise _unavailable()
         future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._call_with_room().reservations.append((meters, now, future))
+        self._call_with_room().reservations.append((claim, now, future))
         self._wake.set()
         try:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self._give_back(meters, future.result())
+                self._give_back(claim, future.result())
             raise
 
-    def settle(self, meters: Sequence[Meter], used: Sequence[int], granted: Granted) -> None:
+    def settle(self, claim: Claim, used: Sequence[int], granted: Granted) -> None:
         """Put what was really used in the place of what was taken; see ``Limiter``."""
-        for meter, really, at in zip(meters, used, granted.at, strict=True):
+        for meter, amount, really, at in zip(claim.meters, claim.amounts, used, granted.at, strict=True):
             if meter.kind == "parallel":
-                self._open.add(meter.key, -meter.amount)
+                self._open.add(meter.key, -amount)
                 self._changed.add(meter.key)
-            elif really != meter.amount:
+            elif really != amount:
                 name = (meter.key, at if meter.kind == "window" else _IS_PERIOD)
-                self._corrections[name] = self._corrections.get(name, 0) + really - meter.amount
+                self._corrections[name] = self._corrections.get(name, 0) + really - amount
         if self._settle_timer is None and self._connection.is_up:
             self._settle_timer = asyncio.get_running_loop().call_later(self.SETTLE_DELAY_S, self._settle_now)
 
@@ -167,10 +168,10 @@ class RedisLimiter:
         self._settle_timer = None
         self._wake.set()
 
-    def _give_back(self, meters: Sequence[Meter], verdict: Verdict) -> None:
+    def _give_back(self, claim: Claim, verdict: Verdict) -> None:
         """Undo a reservation whose caller has gone."""
         if isinstance(verdict, Granted):
-            self.settle(meters, [0] * len(meters), verdict)
+            self.settle(claim, [0] * len(claim.meters), verdict)
 
     def _call_with_room(self) -> _Call:
         if self._waiting and len(self._waiting[-1].reservations) < self.MAX_RESERVATIONS_PER_CALL:
@@ -224,7 +225,7 @@ class RedisLimiter:
 
     async def _send_first(self, call: _Call) -> list[int]:
         """Send a call with all that it carries. If it fails, the next one tells of open answers again."""
-        for meters, _, _ in call.reservations:
+        for meters in {id(claim.meters): claim.meters for claim, _, _ in call.reservations}.values():
             self._changed.update([meter.key for meter in meters if meter.kind == "parallel"])
         changed, self._changed = self._changed, set()
         self._told |= changed
@@ -242,6 +243,8 @@ class RedisLimiter:
         self, call: _Call, reservations: Sequence[_Reservation], open_answers: Sequence[tuple[str, int]]
     ) -> list[int]:
         keys = _Keys(f"call:{self._replica}", "heard")
+        shapes = _Shapes(keys)
+        wanted = [(shapes.place(claim.meters, now), int(now), _sane(claim.amounts)) for claim, now, _ in reservations]
         argument = _ENCODER.encode(
             (
                 self._replica,
@@ -249,13 +252,8 @@ class RedisLimiter:
                 self._clock.wall(),
                 [(keys.place(key), count) for key, count in open_answers],
                 [(keys.place(key), at, delta) for (key, at), delta in call.corrections.items() if delta],
-                [
-                    (
-                        int(now),
-                        [_terms(meter, keys.place(meter.key), now) for meter in meters],
-                    )
-                    for meters, now, _ in reservations
-                ],
+                shapes.terms,
+                wanted,
             )
         )
         return _ANSWER.decode(await self._connection.run_script("limits", _SCRIPT, keys.names, argument))
@@ -266,16 +264,16 @@ class RedisLimiter:
             call.give_up.cancel()
         if answer is None:
             return
-        numbers = iter(answer)
-        for meters, now, future in call.reservations:
-            verdict = _verdict(meters, now, numbers)
+        place = 0
+        for claim, now, future in call.reservations:
+            verdict, place = _verdict(claim, now, answer, place)
             if isinstance(verdict, Granted):
-                for meter in meters:
+                for meter, amount in zip(claim.meters, claim.amounts, strict=True):
                     if meter.kind == "parallel":
-                        self._open.add(meter.key, meter.amount)
+                        self._open.add(meter.key, amount)
                         self._told.add(meter.key)
             if future.done():
-                self._give_back(meters, verdict)
+                self._give_back(claim, verdict)
             else:
                 future.set_result(verdict)
 
@@ -287,17 +285,17 @@ class RedisLimiter:
         self._waiting.clear()
 
 
-def _verdict(meters: Sequence[Meter], now: float, numbers: Iterator[int]) -> Verdict:
-    """Read one reservation's part of an answer."""
-    if refused := next(numbers):
-        wait = next(numbers)
-        return Refused(refused - 1, retry_after(meters[refused - 1], now, float(wait) if wait >= 0 else None))
-    remaining: list[int] = []
-    at: list[int] = []
-    for meter in meters:
-        remaining.append(max(0, meter.limit - next(numbers)))
-        at.append(next(numbers))
-    return Granted(tuple(remaining), tuple(at), is_local=False)
+def _verdict(claim: Claim, now: float, answer: Sequence[int], place: int) -> tuple[Verdict, int]:
+    """Read one reservation's part of an answer, which begins at ``place``; return also where the next one's begins."""
+    meters = claim.meters
+    if refused := answer[place]:
+        index, wait = refused - 1, answer[place + 1]
+        after = retry_after(meters[index], claim.amounts[index], now, float(wait) if wait >= 0 else None)
+        return Refused(index, after), place + 2
+    middle = place + 1 + len(meters)
+    end = middle + len(meters)
+    remaining = [meter.limit - used for meter, used in zip(meters, answer[place + 1 : middle], strict=True)]
+    return Granted(tuple(remaining), tuple(answer[middle:end]), is_local=False), end
 
 
 class _Keys:
@@ -316,10 +314,33 @@ class _Keys:
         return place
 
 
+class _Shapes:
+    """What the reservations of a call have in common: the meters of each kind of caller, told once."""
+
+    def __init__(self, keys: _Keys) -> None:
+        self._keys = keys
+        self._places: dict[int, int] = {}
+        self.terms: list[list[tuple[int, ...]]] = []
+
+    def place(self, meters: tuple[Meter, ...], now: float) -> int:
+        """Return the place of these meters, counted from 1. They have to stay alive as long as this is used."""
+        place = self._places.get(id(meters))
+        if place is None:
+            self.terms.append([_terms(meter, self._keys.place(meter.key), now) for meter in meters])
+            place = self._places[id(meters)] = len(self.terms)
+        return place
+
+
 def _terms(meter: Meter, place: int, now: float) -> tuple[int, ...]:
-    """Return what the script is told of a meter. No number is larger than it can hold: callers choose their amounts."""
-    limit = min(meter.limit, _LARGEST)
-    return place, _KINDS[meter.kind], limit, min(meter.amount, limit + 1), min(meter.seed, _LARGEST), _ttl(meter, now)
+    """Return what the script is told of a meter."""
+    return place, _KINDS[meter.kind], min(meter.limit, _LARGEST), min(meter.seed, _LARGEST), _ttl(meter, now)
+
+
+def _sane(amounts: tuple[int, ...]) -> tuple[int, ...]:
+    """Return amounts that the script can hold: callers choose them. More than the largest limit is as good as that."""
+    if max(amounts, default=0) <= _LARGEST:
+        return amounts
+    return tuple(min(amount, 2 * _LARGEST - 1) for amount in amounts)
 
 
 def _ttl(meter: Meter, now: float) -> int:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from routing.limits import WINDOW_S, Granted, Limiter, LocalLimiter, Meter, Refused, Verdict, reset_after
+from routing.limits import WINDOW_S, Claim, Granted, Limiter, LocalLimiter, Meter, Refused, Verdict, reset_after
 from storage.redis.connection import RedisConnection
 from storage.redis.limits import RedisLimiter
 from tests.fakes.clock import ManualClock
+from tests.fakes.limits import Want, claim
 from tests.fakes.redis import RedisServer
 
 NOW = 1_000_000.0
@@ -54,30 +55,30 @@ async def redis_limiter(server: RedisServer, clock: ManualClock) -> AsyncIterato
         yield limiter
 
 
-def window(name: str, limit: int = 10, amount: int = 1) -> Meter:
-    return Meter(f"window/{name}", "window", limit, amount)
+def window(name: str, limit: int = 10, amount: int = 1) -> Want:
+    return Meter(f"window/{name}", "window", limit), amount
 
 
-def period(name: str, limit: int = 100, amount: int = 10, seed: int = 0, ends_at: float = NOW + 500) -> Meter:
-    return Meter(f"period/{name}", "period", limit, amount, seed, ends_at)
+def period(name: str, limit: int = 100, amount: int = 10, seed: int = 0, ends_at: float = NOW + 500) -> Want:
+    return Meter(f"period/{name}", "period", limit, seed, ends_at), amount
 
 
-def parallel(name: str, limit: int = 2) -> Meter:
-    return Meter(f"parallel/{name}", "parallel", limit, 1)
+def parallel(name: str, limit: int = 2) -> Want:
+    return Meter(f"parallel/{name}", "parallel", limit), 1
 
 
-async def granted(limiter: Limiter, *meters: Meter, now: float = NOW) -> Granted:
-    verdict = await limiter.reserve(meters, now)
+async def granted(limiter: Limiter, *wants: Want, now: float = NOW) -> Granted:
+    verdict = await limiter.reserve(claim(*wants), now)
     assert isinstance(verdict, Granted), verdict
     return verdict
 
 
-def resets(meters: Sequence[Meter], verdict: Granted, now: float) -> list[float]:
-    return [reset_after(meter, now, at) for meter, at in zip(meters, verdict.at, strict=True)]
+def resets(wants: Sequence[Want], verdict: Granted, now: float) -> list[float]:
+    return [reset_after(meter, now, at) for (meter, _), at in zip(wants, verdict.at, strict=True)]
 
 
-async def refused(limiter: Limiter, *meters: Meter, now: float = NOW) -> Refused:
-    verdict = await limiter.reserve(meters, now)
+async def refused(limiter: Limiter, *wants: Want, now: float = NOW) -> Refused:
+    verdict = await limiter.reserve(claim(*wants), now)
     assert isinstance(verdict, Refused), verdict
     return verdict
 
@@ -112,12 +113,12 @@ async def test_a_refusal_says_when_enough_will_have_left(limiter: Limiter, name:
 async def test_the_counts_of_an_end_user_are_forgotten_and_no_others(
     limiter: Limiter, name: str, end_user: str
 ) -> None:
-    def counts(whose: str) -> tuple[Meter, ...]:
+    def counts(whose: str) -> tuple[Want, ...]:
         return (
-            Meter(f"requests/{whose}", "window", 10, 1),
-            Meter(f"tokens/{whose}", "window", 10, 1),
-            Meter(f"budget/{whose}/usd/total/0", "period", 10, 1),
-            Meter(f"budget/{whose}/tokens/day/19000", "period", 10, 1, ends_at=NOW + 500),
+            (Meter(f"requests/{whose}", "window", 10), 1),
+            (Meter(f"tokens/{whose}", "window", 10), 1),
+            (Meter(f"budget/{whose}/usd/total/0", "period", 10), 1),
+            (Meter(f"budget/{whose}/tokens/day/19000", "period", 10, ends_at=NOW + 500), 1),
         )
 
     theirs = f"end_user/{name}/{end_user}"
@@ -139,12 +140,12 @@ async def test_the_counts_of_an_end_user_are_forgotten_and_no_others(
 
 async def test_what_is_settled_after_it_was_forgotten_brings_nothing_back(limiter: Limiter, name: str) -> None:
     whose = f"end_user/{name}/ann"
-    meters = (Meter(f"tokens/{whose}", "window", 10, 3), Meter(f"budget/{whose}/usd/total/0", "period", 10, 3))
-    verdict = await granted(limiter, *meters)
+    wants = ((Meter(f"tokens/{whose}", "window", 10), 3), (Meter(f"budget/{whose}/usd/total/0", "period", 10), 3))
+    verdict = await granted(limiter, *wants)
     await limiter.forget(name, "ann")
-    limiter.settle(meters, (5, 5), verdict)
+    limiter.settle(claim(*wants), (5, 5), verdict)
 
-    assert (await granted(limiter, *meters)).remaining == (7, 7)
+    assert (await granted(limiter, *wants)).remaining == (7, 7)
 
 
 async def test_what_is_larger_than_the_limit_will_never_fit(limiter: Limiter, name: str) -> None:
@@ -165,40 +166,40 @@ async def test_all_meters_are_taken_or_none_is(limiter: Limiter, name: str) -> N
 
 
 async def test_the_first_meter_without_room_is_named(limiter: Limiter, name: str) -> None:
-    meters = (window(name), period(name, limit=5), parallel(name, limit=0))
+    wants = (window(name), period(name, limit=5), parallel(name, limit=0))
 
-    assert await refused(limiter, *meters) == Refused(1, None)
+    assert await refused(limiter, *wants) == Refused(1, None)
 
 
 async def test_a_grant_says_when_each_meter_is_whole_again(limiter: Limiter, name: str) -> None:
-    meters = (window(name), period(name, ends_at=NOW + 500), parallel(name))
-    verdict = await granted(limiter, *meters)
+    wants = (window(name), period(name, ends_at=NOW + 500), parallel(name))
+    verdict = await granted(limiter, *wants)
 
-    assert resets(meters, verdict, NOW) == [61, 500, 0]
+    assert resets(wants, verdict, NOW) == [61, 500, 0]
 
 
 @pytest.mark.parametrize(("used", "left"), [(2, 8), (5, 5), (9, 1), (12, 0)])
 async def test_a_settled_window_holds_what_was_used(limiter: Limiter, name: str, used: int, left: int) -> None:
-    meters = (window(name, amount=5),)
-    limiter.settle(meters, (used,), await granted(limiter, *meters))
+    wants = (window(name, amount=5),)
+    limiter.settle(claim(*wants), (used,), await granted(limiter, *wants))
 
     assert (await granted(limiter, window(name, amount=0, limit=max(10, used)))).remaining == (left,)
 
 
 async def test_what_is_settled_after_it_left_the_window_changes_nothing(limiter: Limiter, name: str) -> None:
-    meters = (window(name, amount=5),)
-    verdict = await granted(limiter, *meters)
-    await granted(limiter, *meters, now=NOW + 61)
-    limiter.settle(meters, (0,), verdict)
+    wants = (window(name, amount=5),)
+    verdict = await granted(limiter, *wants)
+    await granted(limiter, *wants, now=NOW + 61)
+    limiter.settle(claim(*wants), (0,), verdict)
 
     assert (await granted(limiter, window(name, amount=0), now=NOW + 61)).remaining == (5,)
 
 
 async def test_a_clock_that_was_set_back_books_where_settling_finds_it(limiter: Limiter, name: str) -> None:
-    meters = (window(name, amount=5),)
-    await granted(limiter, *meters)
-    verdict = await granted(limiter, *meters, now=NOW - 7)
-    limiter.settle(meters, (1,), verdict)
+    wants = (window(name, amount=5),)
+    await granted(limiter, *wants)
+    verdict = await granted(limiter, *wants, now=NOW - 7)
+    limiter.settle(claim(*wants), (1,), verdict)
 
     assert verdict.at == (int(NOW),)
     assert (await granted(limiter, window(name, amount=0))).remaining == (4,)
@@ -218,18 +219,18 @@ async def test_a_period_grants_its_limit_until_it_ends(limiter: Limiter, name: s
 
 
 async def test_a_period_without_end_is_never_whole_again(limiter: Limiter, name: str) -> None:
-    meter = period(name, amount=100, ends_at=0)
-    verdict = await granted(limiter, meter)
+    whole = period(name, amount=100, ends_at=0)
+    verdict = await granted(limiter, whole)
 
-    assert resets([meter], verdict, NOW) == [0.0]
+    assert resets([whole], verdict, NOW) == [0.0]
     assert await refused(limiter, period(name, ends_at=0)) == Refused(0, None)
 
 
 async def test_a_settled_period_holds_what_was_used(limiter: Limiter, name: str) -> None:
-    meters = (period(name, amount=60),)
-    first, second = await granted(limiter, *meters), await granted(limiter, period(name, amount=40))
-    limiter.settle(meters, (5,), first)
-    limiter.settle((period(name, amount=40),), (45,), second)
+    wants = (period(name, amount=60),)
+    first, second = await granted(limiter, *wants), await granted(limiter, period(name, amount=40))
+    limiter.settle(claim(*wants), (5,), first)
+    limiter.settle(claim(period(name, amount=40)), (45,), second)
 
     assert (await granted(limiter, period(name, amount=0))).remaining == (50,)
 
@@ -252,9 +253,9 @@ async def test_money_in_picodollars_is_not_rounded_away(limiter: Limiter, name: 
 
 
 async def test_whatever_a_caller_asks_for_and_is_called_is_only_refused(limiter: Limiter, name: str) -> None:
-    meters = (window(f"{name}-\ud800{{}}\0", amount=10**30), period(name, amount=10**30))
+    wants = (window(f"{name}-\ud800{{}}\0", amount=10**30), period(name, amount=10**30))
 
-    assert await refused(limiter, *meters) == Refused(0, None)
+    assert await refused(limiter, *wants) == Refused(0, None)
     assert await refused(limiter, period(name, limit=10**9, seed=10**30)) == Refused(0, 500)
     await granted(limiter, window(f"{name}-\ud800{{}}\0"), period(f"{name}-rich", limit=10**30))
 
@@ -264,17 +265,29 @@ async def test_an_answer_that_ends_makes_room_for_another(limiter: Limiter, name
     await granted(limiter, parallel(name))
     assert await refused(limiter, parallel(name)) == Refused(0, 1)
 
-    limiter.settle((parallel(name),), (0,), first)
+    limiter.settle(claim(parallel(name)), (0,), first)
 
     assert (await granted(limiter, parallel(name))).remaining == (0,)
 
 
 async def test_reservations_of_one_moment_share_a_limit_exactly(limiter: Limiter, name: str) -> None:
-    meters = (window(name, limit=300), parallel(name, limit=250))
+    wanted = claim(window(name, limit=300), parallel(name, limit=250))
 
-    verdicts = await asyncio.gather(*(limiter.reserve(meters, NOW) for _ in range(400)))
+    verdicts = await asyncio.gather(*(limiter.reserve(wanted, NOW) for _ in range(400)))
 
     assert sum(isinstance(verdict, Granted) for verdict in verdicts) == 250
+
+
+async def test_each_of_many_callers_of_one_moment_is_told_of_its_own_meters(limiter: Limiter, name: str) -> None:
+    shared = window(f"{name}-both", limit=10, amount=1)
+    one, two = claim(shared, window(f"{name}-one", limit=8, amount=2)), claim(period(f"{name}-two", limit=25), shared)
+    more = Claim(one.meters, (2, 1))
+
+    verdicts = await asyncio.gather(*(limiter.reserve(wanted, NOW) for wanted in (one, two, two, more, two, one)))
+
+    assert verdicts[4] == Refused(0, 500)
+    left = [verdict.remaining for verdict in verdicts if isinstance(verdict, Granted)]
+    assert left == [(9, 6), (15, 8), (5, 7), (5, 5), (4, 3)]
 
 
 Step = tuple[float, int, int | None]
@@ -305,17 +318,17 @@ def test_no_window_of_60_seconds_ever_holds_more_than_the_limit(server: RedisSer
         async with redis_limiter(server, clock) as shared:
             for pause, amount, used in steps:
                 now += pause
-                meters = (window(name, limit, amount),)
-                verdicts: list[Verdict] = [await limiter.reserve(meters, now) for limiter in (local, shared)]
+                wants = (window(name, limit, amount),)
+                verdicts: list[Verdict] = [await limiter.reserve(claim(*wants), now) for limiter in (local, shared)]
                 counted = sum(entry[1] for entry in held if int(entry[0]) >= int(now) - WINDOW_S)
                 assert isinstance(verdicts[0], Granted) == (counted + amount <= limit)
                 if isinstance(verdicts[0], Granted) and isinstance(verdicts[1], Granted):
                     assert verdicts[0].remaining == verdicts[1].remaining
-                    assert resets(meters, verdicts[0], now) == resets(meters, verdicts[1], now)
+                    assert resets(wants, verdicts[0], now) == resets(wants, verdicts[1], now)
                     held.append([now, amount])
                     if used is not None and used <= amount:
-                        local.settle(meters, (used,), verdicts[0])
-                        shared.settle(meters, (used,), verdicts[1])
+                        local.settle(claim(*wants), (used,), verdicts[0])
+                        shared.settle(claim(*wants), (used,), verdicts[1])
                         held[-1][1] = used
                 else:
                     assert verdicts[0] == verdicts[1]
@@ -331,8 +344,8 @@ async def test_replicas_share_what_is_open(server: RedisServer, clock: ManualClo
         await refused(one, parallel(name))
         await refused(two, parallel(name))
 
-        one.settle((parallel(name),), (0,), first)
-        await one.reserve((), NOW)  # whatever comes next takes it along
+        one.settle(claim(parallel(name)), (0,), first)
+        await one.reserve(claim(), NOW)  # whatever comes next takes it along
 
         await granted(two, parallel(name))
 
@@ -361,14 +374,14 @@ async def test_answers_of_a_replica_that_was_not_heard_for_10_seconds_do_not_cou
 
 
 async def test_what_a_cancelled_caller_took_is_given_back(server: RedisServer, clock: ManualClock, name: str) -> None:
-    meters = (window(name, limit=1), period(name, limit=10), parallel(name, limit=1))
+    wants = (window(name, limit=1), period(name, limit=10), parallel(name, limit=1))
     async with redis_limiter(server, clock) as limiter:
         for num_turns in range(6):
-            caller = asyncio.create_task(limiter.reserve(meters, NOW))
+            caller = asyncio.create_task(limiter.reserve(claim(*wants), NOW))
             for _ in range(num_turns):  # the call has not left, is under way, or is answered
                 await asyncio.sleep(0)
             caller.cancel()
             await asyncio.gather(caller, return_exceptions=True)
-            await limiter.reserve((), NOW)
+            await limiter.reserve(claim(), NOW)
 
-        assert (await granted(limiter, *meters)).remaining == (0, 0, 0)
+        assert (await granted(limiter, *wants)).remaining == (0, 0, 0)

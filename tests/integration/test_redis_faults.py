@@ -21,6 +21,7 @@ from core.errors import LimitsUnavailable
 from routing.limits import FallbackLimiter, Granted, Limiter, LocalLimiter, Meter, OpenAnswers
 from storage.redis.connection import RedisAwayError, RedisConnection
 from storage.redis.limits import RedisLimiter
+from tests.fakes.limits import Want, claim
 from tests.fakes.redis import RedisServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ OPEN_S = 0.3
 _CLIENT = """
 import asyncio, json, sys
 from core.clock import SystemClock
-from routing.limits import Granted, Meter
+from routing.limits import Claim, Granted, Meter
 from storage.redis.connection import RedisConnection
 from storage.redis.limits import RedisLimiter
 
@@ -38,12 +39,12 @@ async def main():
     clock = SystemClock()
     async with RedisConnection(sys.argv[1], clock, command_timeout=10) as connection:
         async with RedisLimiter(connection, clock) as limiter:
-            meters = [Meter(*meter) for meter in json.loads(sys.argv[2])]
-            await limiter.reserve((), clock.wall())
+            claim = Claim((Meter(*json.loads(sys.argv[2])),), (1,))
+            await limiter.reserve(Claim((), ()), clock.wall())
             print("ready", flush=True)
             await asyncio.to_thread(sys.stdin.readline)
             async def ask():
-                verdict = await limiter.reserve(meters, clock.wall())
+                verdict = await limiter.reserve(claim, clock.wall())
                 await asyncio.sleep(0)
                 return isinstance(verdict, Granted)
             granted = 0
@@ -76,16 +77,16 @@ async def shared_limiter(
         yield connection, limiter
 
 
-def window(limit: int = 1_000_000, amount: int = 1) -> Meter:
-    return Meter("requests", "window", limit, amount)
+def window(limit: int = 1_000_000, amount: int = 1) -> Want:
+    return Meter("requests", "window", limit), amount
 
 
-def period(limit: int = 1_000_000, amount: int = 1) -> Meter:
-    return Meter("budget", "period", limit, amount, ends_at=time.time() + 3600)
+def period(limit: int = 1_000_000, amount: int = 1) -> Want:
+    return Meter("budget", "period", limit, ends_at=time.time() + 3600), amount
 
 
-def parallel(limit: int = 2) -> Meter:
-    return Meter("parallel", "parallel", limit, 1)
+def parallel(limit: int = 2) -> Want:
+    return Meter("parallel", "parallel", limit), 1
 
 
 async def until_up(connection: RedisConnection) -> None:
@@ -98,10 +99,10 @@ async def until_away(limiter: Limiter, connection: RedisConnection) -> None:
     async with asyncio.timeout(10):
         while connection.is_up:
             with pytest.raises(LimitsUnavailable):
-                await limiter.reserve((window(),), time.time())
+                await limiter.reserve(claim(window()), time.time())
 
 
-@pytest.mark.parametrize("meter", [["shared", "window", 500, 1], ["shared", "parallel", 500, 1]])
+@pytest.mark.parametrize("meter", [["shared", "window", 500], ["shared", "parallel", 500]])
 async def test_three_processes_share_a_limit_exactly(server: RedisServer, meter: list[object]) -> None:
     clients = [
         await asyncio.create_subprocess_exec(
@@ -109,7 +110,7 @@ async def test_three_processes_share_a_limit_exactly(server: RedisServer, meter:
             "-c",
             _CLIENT,
             server.url,
-            json.dumps([meter]),
+            json.dumps(meter),
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=asyncio.subprocess.PIPE,
@@ -145,12 +146,12 @@ async def test_a_frozen_redis_costs_callers_the_command_timeout_and_then_nothing
             nonlocal num_local
             while not is_over:
                 began_at = time.monotonic()
-                verdict = await limiter.reserve((window(), parallel(100)), time.time())
+                verdict = await limiter.reserve(claim(window(), parallel(100)), time.time())
                 waits.append(time.monotonic() - began_at)
                 assert isinstance(verdict, Granted)
                 num_local += verdict.is_local
                 await asyncio.sleep(0.005)
-                limiter.settle((window(), parallel(100)), (1, 0), verdict)
+                limiter.settle(claim(window(), parallel(100)), (1, 0), verdict)
 
         with capture_logs() as logs:
             callers = [asyncio.create_task(ask_for_ever()) for _ in range(16)]
@@ -178,37 +179,37 @@ async def test_a_frozen_redis_costs_callers_the_command_timeout_and_then_nothing
 
 
 async def test_what_a_frozen_redis_was_asked_is_taken_once_or_not_at_all(server: RedisServer) -> None:
-    meters = (window(10, 3), period(10, 3), parallel())
+    wanted = claim(window(10, 3), period(10, 3), parallel())
     async with shared_limiter(server) as (connection, limiter):
-        first = await limiter.reserve(meters, time.time())
+        first = await limiter.reserve(wanted, time.time())
         assert isinstance(first, Granted)
         server.freeze()
         with pytest.raises(LimitsUnavailable):
-            await limiter.reserve(meters, time.time())  # Redis will find it in its socket, and nobody waits for it
-        limiter.settle(meters, (1, 1, 0), first)
+            await limiter.reserve(wanted, time.time())  # Redis will find it in its socket, and nobody waits for it
+        limiter.settle(wanted, (1, 1, 0), first)
         await until_away(limiter, connection)
         server.thaw()
         await until_up(connection)
-        await limiter.reserve((), time.time())
+        await limiter.reserve(claim(), time.time())
 
-        after = await limiter.reserve((window(10, 0), period(10, 0), parallel()), time.time())
+        after = await limiter.reserve(claim(window(10, 0), period(10, 0), parallel()), time.time())
 
         assert isinstance(after, Granted)
         assert after.remaining == (9, 9, 1)
 
 
 async def test_no_count_is_wrong_after_many_lost_answers_and_cancelled_callers(server: RedisServer) -> None:
-    meters = (period(10**9, 7), parallel(10**6))
+    wanted = claim(period(10**9, 7), parallel(10**6))
     draw = random.Random(7)
     num_lost = num_used = 0
     async with shared_limiter(server) as (connection, limiter):
 
         async def call() -> None:
             nonlocal num_used
-            granted = await limiter.reserve(meters, time.time())
+            granted = await limiter.reserve(wanted, time.time())
             assert isinstance(granted, Granted)
             num_used += (used := draw.randrange(12))
-            limiter.settle(meters, (used, 0), granted)
+            limiter.settle(wanted, (used, 0), granted)
 
         async def ask_until(end: float) -> None:
             nonlocal num_lost
@@ -230,7 +231,7 @@ async def test_no_count_is_wrong_after_many_lost_answers_and_cancelled_callers(s
         await until_up(connection)
         await asyncio.sleep(0.2)  # a heartbeat
 
-        after = await limiter.reserve(meters, time.time())
+        after = await limiter.reserve(wanted, time.time())
         assert isinstance(after, Granted)
         assert num_lost > 0
         assert num_used > 0
@@ -239,7 +240,7 @@ async def test_no_count_is_wrong_after_many_lost_answers_and_cancelled_callers(s
 
 async def test_a_redis_that_lost_everything_learns_what_is_open(server: RedisServer) -> None:
     async with shared_limiter(server) as (connection, one), shared_limiter(server) as (_, two):
-        held = await one.reserve((parallel(1),), time.time())
+        held = await one.reserve(claim(parallel(1)), time.time())
         assert isinstance(held, Granted)
         server.kill()
         await until_away(one, connection)
@@ -247,36 +248,36 @@ async def test_a_redis_that_lost_everything_learns_what_is_open(server: RedisSer
         await until_up(connection)
         await asyncio.sleep(0.3)  # a heartbeat, and the other's breaker
 
-        assert not isinstance(await two.reserve((parallel(1),), time.time()), Granted)
-        one.settle((parallel(1),), (0,), held)
-        await one.reserve((), time.time())
-        assert isinstance(await two.reserve((parallel(1),), time.time()), Granted)
+        assert not isinstance(await two.reserve(claim(parallel(1)), time.time()), Granted)
+        one.settle(claim(parallel(1)), (0,), held)
+        await one.reserve(claim(), time.time())
+        assert isinstance(await two.reserve(claim(parallel(1)), time.time()), Granted)
 
 
 async def test_answers_opened_before_and_during_an_outage_all_count(server: RedisServer) -> None:
     open_answers = OpenAnswers()
-    meters = (parallel(4),)
+    wanted = claim(parallel(4))
     async with shared_limiter(server, open_answers) as (connection, shared):
         limiter = FallbackLimiter(shared, LocalLimiter(0.5, open_answers))
-        before = await limiter.reserve(meters, time.time())
+        before = await limiter.reserve(wanted, time.time())
         server.freeze()
         await until_away(shared, connection)
-        during = await limiter.reserve(meters, time.time())
+        during = await limiter.reserve(wanted, time.time())
         assert isinstance(before, Granted)
         assert isinstance(during, Granted)
         assert (before.is_local, during.is_local) == (False, True)
-        assert not isinstance(await limiter.reserve(meters, time.time()), Granted)  # its share is two
+        assert not isinstance(await limiter.reserve(wanted, time.time()), Granted)  # its share is two
         server.thaw()
         await until_up(connection)
         await asyncio.sleep(0.2)  # a heartbeat
 
-        verdict = await shared.reserve(meters, time.time())
+        verdict = await shared.reserve(wanted, time.time())
         assert isinstance(verdict, Granted)
         assert verdict.remaining == (1,)
         for granted in (before, during, verdict):
-            limiter.settle(meters, (0,), granted)
+            limiter.settle(wanted, (0,), granted)
         await asyncio.sleep(0.2)
-        last = await shared.reserve(meters, time.time())
+        last = await shared.reserve(wanted, time.time())
         assert isinstance(last, Granted)
         assert last.remaining == (3,)
 
@@ -288,18 +289,18 @@ async def test_a_redis_that_is_not_there_at_the_start_is_found_when_it_comes(ser
         server.start()
         await until_up(connection)
 
-        assert isinstance(await limiter.reserve((window(),), time.time()), Granted)
+        assert isinstance(await limiter.reserve(claim(window()), time.time()), Granted)
 
 
 async def test_a_redis_that_forgot_its_scripts_is_told_them_again(server: RedisServer) -> None:
     async with shared_limiter(server) as (connection, limiter):
-        await limiter.reserve((window(),), time.time())
+        await limiter.reserve(claim(window()), time.time())
         server.stop()
         server.start()
         async with asyncio.timeout(10):
             while True:
                 try:
-                    verdict = await limiter.reserve((window(),), time.time())
+                    verdict = await limiter.reserve(claim(window()), time.time())
                     break
                 except LimitsUnavailable:
                     await asyncio.sleep(0.01)

@@ -174,7 +174,7 @@ async def test_the_ledger_is_read_only_where_somebody_has_a_budget() -> None:
     clock.advance(Spending.PAST_EVERY_S)
     await home.refresh()
     assert len(asked) == 16
-    meter = home.spent.meter(("tenant", "acme"), Budget(10, "tokens", "day"), 1, clock.wall())
+    meter = home.spent.meter(("tenant", "acme"), Budget(10, "tokens", "day"), clock.wall())
     assert meter.seed == 14
 
 

@@ -80,9 +80,9 @@ def spent() -> Spent:
     ],
 )
 def test_a_budget_starts_from_what_its_subject_used(subject: tuple[str, ...], budget: Budget, seed: int) -> None:
-    meter = spent().meter(subject, budget, 5, NOW)
+    meter = spent().meter(subject, budget, NOW)
 
-    assert (meter.kind, meter.limit, meter.amount, meter.seed) == ("period", 50, 5, seed)
+    assert (meter.kind, meter.limit, meter.seed) == ("period", 50, seed)
     assert meter.ends_at == ends_at(budget.period, TODAY)
 
 
@@ -92,13 +92,13 @@ def test_what_was_used_yesterday_is_not_used_today_and_is_used_this_week() -> No
     )
     tomorrow = moment("2026-03-01T00:00:01")
 
-    assert known.meter(("key", "k"), Budget(50, "tokens", "day"), 1, tomorrow).seed == 0
-    assert known.meter(("key", "k"), Budget(50, "tokens", "week"), 1, tomorrow).seed == 9
+    assert known.meter(("key", "k"), Budget(50, "tokens", "day"), tomorrow).seed == 0
+    assert known.meter(("key", "k"), Budget(50, "tokens", "week"), tomorrow).seed == 9
 
 
 def test_each_subject_unit_and_period_has_a_count_of_its_own() -> None:
     keys = {
-        Spent().meter(subject, Budget(1, unit, period), 1, now).key
+        Spent().meter(subject, Budget(1, unit, period), now).key
         for subject in (("tenant", "a"), ("key", "a"), ("end_user", "a", "b"), ("end_user", "a", "b/tokens/day/1"))
         for unit in ("tokens", "usd")
         for period in PERIODS
