@@ -314,7 +314,8 @@ class Dispatcher:
                 raise UpstreamBroken("the engine's answer is empty", status=502)
             run.cause = "done"
         except ForebayError as error:
-            run.leg_error = error
+            # Without its frames: they hold the run, and the two would wait for the collector together.
+            run.leg_error = error.with_traceback(None)
             run.cause = cause_of(error)
             run.retry_after = error.retry_after
             run.can_resume = run.cause in _FAILURES and self._can_resume(run, driver)

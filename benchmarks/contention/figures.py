@@ -54,10 +54,16 @@ def crowded(answers: Sequence[Answer], slots: int) -> list[Span]:
     return spans
 
 
-def rate(answers: Sequence[Answer], spans: Sequence[Span]) -> float:
-    """Return output tokens a second within the spans; 0 where there are none."""
+def prompted(answers: Sequence[Answer], span: Span) -> float:
+    """Return the tokens of the prompts whose answers began within the span; what was computed again is not in it."""
+    low, high = span
+    return sum(a.prompt_tokens for a in answers if a.first is not None and low <= a.first < high)
+
+
+def rate(answers: Sequence[Answer], spans: Sequence[Span], of: Callable[[Sequence[Answer], Span], float]) -> float:
+    """Return tokens a second within the spans, as ``of`` counts them; 0 where there are no spans."""
     seconds = sum(high - low for low, high in spans)
-    return sum(delivered(answers, span) for span in spans) / seconds if seconds else 0.0
+    return sum(of(answers, span) for span in spans) / seconds if seconds else 0.0
 
 
 def service(answers: Sequence[Answer], at: float) -> float:

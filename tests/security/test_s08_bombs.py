@@ -22,6 +22,7 @@ from gateway.app import data_app
 from gateway.connection import EXTENSION
 from routing.catalog import Catalog, Model
 from tests.fakes.admin import opened
+from tests.fakes.replay import Replay
 from tests.fakes.tenancy import principal, tenant
 
 CATALOG = Catalog((Model(name=ModelName("m")),))
@@ -192,11 +193,16 @@ def test_a_body_of_millions_of_parts_is_refused_at_once(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [b'{"model": "m", "tools": [' + b'{"type": "function"},' * 999 + b"0]}", b'{"model": ', b'{"model": "n"}']
+    "raw",
+    [
+        b'{"model": "m", "tools": [' + b'{"type": "function"},' * 999 + b"0]}",
+        b'{"model": ',
+        b'{"model": "n"}',
+        b'{"model": "m", "messages": [{"role": "user", "content": "the worker of m fails"}]}',
+    ],
 )
 async def test_what_was_refused_is_gone_at_once_and_waits_for_no_collector(raw: bytes, tmp_path: Path) -> None:
     key = "fbk_0123456789-of-the-attacker"
-    models = {"m": {"workers": [{"engine": "openai", "url": "http://127.0.0.1:9"}]}}
     sent: list[MutableMapping[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
@@ -208,17 +214,20 @@ async def test_what_was_refused_is_gone_at_once_and_waits_for_no_collector(raw: 
     scope = {
         "type": "http", "method": "POST", "path": "/v1/chat/completions",
         "headers": [(b"authorization", f"Bearer {key}".encode())],
-        "extensions": {EXTENSION: SimpleNamespace(unwatch=lambda: None)},
+        "extensions": {EXTENSION: SimpleNamespace(watch=lambda left: None, unwatch=lambda: None)},
     }  # fmt: skip
-    async with opened(tmp_path, keys=[{"name": "k", "tenant": "t", "key": key}], models=models) as (_, services):
-        app = data_app(services)
-        gc.collect()
-        gc.disable()
-        try:
-            await app(scope, receive, send)
-            kept = [one for one in gc.get_objects() if type(one).__name__ == "_Exchange"]
-        finally:
-            gc.enable()
+    async with Replay("m") as worker:
+        worker.says_json("/v1/chat/completions", {"error": {"message": "no"}}, 500)
+        models = {"m": {"workers": [{"engine": "openai", "url": worker.url}]}}
+        async with opened(tmp_path, keys=[{"name": "k", "tenant": "t", "key": key}], models=models) as (_, services):
+            app = data_app(services)
+            gc.collect()
+            gc.disable()
+            try:
+                await app(scope, receive, send)
+                kept = [one for one in gc.get_objects() if type(one).__name__ in {"_Exchange", "Run"}]
+            finally:
+                gc.enable()
 
-    assert sent[0]["status"] in {400, 404}
+    assert sent[0]["status"] in {400, 404, 500, 502}
     assert not kept
