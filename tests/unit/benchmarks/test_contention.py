@@ -57,11 +57,14 @@ def test_a_request_that_takes_the_place_of_another_at_once_leaves_the_engine_cro
 
 
 def test_tokens_a_second_are_counted_within_the_spans_alone() -> None:
-    answers = [answer(times=[1.0, 2.0, 3.0, 9.0]), answer(times=[2.5, 3.5])]
+    answers = [answer(times=[1.0, 2.0, 3.0, 9.0], prompt=30), answer(times=[2.5, 3.5], prompt=7)]
+    spans = [(1.0, 2.0), (2.0, 4.0)]
 
     assert figures.delivered(answers, (2.0, 3.5)) == 3.0
-    assert figures.rate(answers, [(1.0, 2.0), (2.0, 4.0)]) == pytest.approx(5 / 3)
-    assert figures.rate(answers, []) == 0.0
+    assert figures.prompted(answers, (2.0, 3.5)) == 7.0  # with the first piece, as the engine was done with it then
+    assert figures.rate(answers, spans, figures.delivered) == pytest.approx(5 / 3)
+    assert figures.rate(answers, spans, figures.prompted) == pytest.approx(37 / 3)
+    assert figures.rate(answers, [], figures.delivered) == 0.0
 
 
 def test_a_piece_of_several_tokens_counts_as_many() -> None:
