@@ -36,8 +36,8 @@ from benchmarks.reporting import beginning, exit_status, say, write_results
 from tests.fakes.postgres import Postgres
 from tests.fakes.redis import RedisServer
 
-FULL = Plan(warm=2, turns=0, turn=0.5, closed=1.5, open=0, rate=50, streams=0, burst=0, pairs=5)
-QUICK = Plan(warm=1, turns=0, turn=0.3, closed=0.8, open=0, rate=50, streams=0, burst=0, pairs=2)
+FULL = Plan(warm=2, turns=0, turn=0.5, closed=1.5, open=0, rate=50, streams=0, burst=0, pairs=14, others=2)
+QUICK = Plan(warm=1, turns=0, turn=0.3, closed=0.8, open=0, rate=50, streams=0, burst=0, pairs=6, others=1)
 FULL_ROUNDS, QUICK_ROUNDS = 5, 2
 AT_MOST = 1.3  # times the CPU per request without
 AT_LEAST = 0.8  # of linear

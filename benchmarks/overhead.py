@@ -45,8 +45,8 @@ from benchmarks.loopback.venvs import versions
 from benchmarks.reporting import RESULTS, beginning, command_of, commit, exit_status, now, say
 
 SOURCES = {"forebay": ("core", "routing", "engines", "gateway")}
-FULL = Plan(warm=2, turns=4, turn=0.6, closed=2.5, open=6, rate=50, streams=4, burst=1.5, pairs=5)
-QUICK = Plan(warm=1, turns=3, turn=0.4, closed=1.3, open=1.5, rate=50, streams=3, burst=0, pairs=3)
+FULL = Plan(warm=2, turns=4, turn=0.6, closed=2.5, open=6, rate=50, streams=4, burst=1.5, pairs=5, others=5)
+QUICK = Plan(warm=1, turns=3, turn=0.4, closed=1.3, open=1.5, rate=50, streams=3, burst=0, pairs=3, others=3)
 QUICK_ARMS = ("forebay", "litellm")  # raw ASGI is measured beside Forebay
 QUICK_PLANS = {  # no target asks these for more
     "litellm": replace(QUICK, turns=0, closed=2.5, open=0, streams=0),

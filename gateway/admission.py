@@ -1,6 +1,7 @@
 """Limits and budgets of a call: taken before it runs, settled to what it used after."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -13,7 +14,7 @@ from core.tenancy import PICO_PER_USD, Budget, Price, Rate
 from gateway.auth import Principal
 from gateway.errors import reset_text
 from routing.budgets import Spent, Subject, day_of
-from routing.limits import Claim, Granted, Kind, Limiter, Meter, Refused, reset_after
+from routing.limits import WINDOW_S, Claim, Granted, Kind, Limiter, Meter, Refused, reset_after
 
 Measure = Literal["requests", "tokens", "parallel", "token budget", "money budget"]
 _NO_PRICE = Price()
@@ -40,8 +41,18 @@ _AMOUNT_OF: dict[Measure, int] = {
 }
 
 
+_LINES: dict[Measure, bytes] = {
+    measure: b"x-ratelimit-limit-%b: %%d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
+    % (measure.encode(), measure.encode(), measure.encode())
+    for measure in ("requests", "tokens")
+}
+
+
 class _Terms:
-    """What some calls come under: gauges with their meters, and what of a call each measures."""
+    """What some calls come under: gauges with their meters, and what of a call each measures.
+
+    ``shown``: of requests and of tokens, where their windows are, and headers with gaps for limit, rest and reset.
+    """
 
     __slots__ = ("amounts", "gauges", "has_money", "meters", "shown")
 
@@ -55,11 +66,10 @@ class _Terms:
         )
         self.amounts = tuple(_AMOUNT_OF[gauge.measure] for gauge in gauges)
         self.has_money = _MONEY in self.amounts
-        indices = [
-            (measure, [index for index, gauge in enumerate(gauges) if gauge.measure == measure])
-            for measure in ("requests", "tokens")
-        ]
-        self.shown = [(measure.encode(), own) for measure, own in indices if own]
+        places = {
+            measure: [index for index, gauge in enumerate(gauges) if gauge.measure == measure] for measure in _LINES
+        }
+        self.shown = [(own, _LINES[measure]) for measure, own in places.items() if own]
 
     def claim(self, requests: int, tokens: int, money: int) -> tuple[int, ...]:
         """Return how much of each meter that is."""
@@ -211,11 +221,14 @@ def _refusal(gauge: _Gauge, claim: Claim, refused: Refused) -> RateLimited:
 def _headers(terms: _Terms, granted: Granted, now: float) -> bytes:
     """Return ``x-ratelimit-*`` of the tightest limit on requests and on tokens."""
     lines = b""
-    for measure, indices in terms.shown:
-        least = min(indices, key=granted.remaining.__getitem__)
-        meter, at = terms.meters[least], granted.at[least]
-        lines += b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
-            measure, meter.limit, measure, granted.remaining[least],
-            measure, reset_text(reset_after(meter, now, at)).encode(),
-        )  # fmt: skip
+    remaining = granted.remaining
+    for places, line in terms.shown:
+        least = min(places, key=remaining.__getitem__)
+        meter = terms.meters[least]
+        lines += line % (meter.limit, remaining[least], _reset(reset_after(meter, now, granted.at[least])))
     return lines
+
+
+@lru_cache(maxsize=WINDOW_S + 2)
+def _reset(seconds: float) -> bytes:
+    return reset_text(seconds).encode()

@@ -36,7 +36,8 @@ class Plan:
     rate: float  # open loop, a second
     streams: float
     burst: float  # streams whose events the upstream writes as fast as it can
-    pairs: int  # how often the arm and the reference beside it take turns, under each load
+    pairs: int  # how often the arm and the reference beside it take turns with requests at 64 connections
+    others: int  # in how many of these they also take turns on one connection, and with streams
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,14 @@ def paired(arm: Bench, reference: Bench, plan: Plan) -> Figures:
     added: dict[Bench, list[float]] = {arm: [], reference: []}
     for number in range(plan.pairs):
         order = (arm, reference) if number % 2 == 0 else (reference, arm)
+        costs = {bench: bench.closed(64, PAIR_S)["cpu_ms"] for bench in order}
+        cpu.append(costs[arm] / costs[reference])
+        if number >= plan.others:
+            continue
         direct = arm.direct(Load(1, plan.turn * 0.7, warm=0.05)).latency_ms()
         for bench in order:
             through = bench.run(Load(1, plan.turn, warm=0.05))[0].latency_ms()
             added[bench].append(_added(direct, through)["added_ms"])
-        costs = {bench: bench.closed(64, PAIR_S)["cpu_ms"] for bench in order}
-        cpu.append(costs[arm] / costs[reference])
         chunks = {bench: bench.stream_cpu_us(2 * STREAM_MS / 1e3) for bench in order}
         chunk.append(chunks[arm] / chunks[reference])
     return {
