@@ -11,6 +11,7 @@ import random
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,7 +61,7 @@ class Books:
         self._pending: Batch | None = None
         self._is_away = False
         self._has_spool = False
-        self._spooling: asyncio.TimerHandle | None = None
+        self._disk = ThreadPoolExecutor(1, "spool")
         self._loop = LoopingCall("booking", self.flush, self.FLUSH_INTERVAL_S)
         self._flushing = asyncio.Lock()
 
@@ -100,6 +101,7 @@ class Books:
     ) -> None:
         await self._loop.stop()
         await self.flush()
+        self._disk.shutdown(wait=False)
 
     async def flush(self) -> None:
         """Write what waits, as one batch after another. What cannot be written is kept."""
@@ -107,25 +109,34 @@ class Books:
             while (batch := self._pending or self._next_batch()) is not None:
                 self._pending = batch
                 if self._has_spool:
-                    self._keep_spool()  # under the id that it is booked by, before it may have been
-                self._spool_later()
-                try:
-                    await self._write(batch)
-                except OSError as error:
+                    await self._keep_spool()  # under the id that it is booked by, before it may have been
+                error = await self._book(batch)
+                if error is not None:
                     self._note_absence(error)
+                    await self._keep_spool()
                     return
-                except Exception as error:  # noqa: BLE001 - a record that cannot be stored must not hold up the ledger
-                    _log.exception("batch_refused", num_records=len(batch.records))
-                    self._on_dropped(len(batch.records))
-                    self._pending = msgspec.structs.replace(batch, records=())
-                    self._note_absence(error)
-                    return
-                finally:
-                    if self._spooling is not None:
-                        self._spooling.cancel()
                 self._pending = None
                 self._note_return()
-            self._drop_spool()
+            await self._drop_spool()
+
+    async def _book(self, batch: Batch) -> Exception | None:
+        """Write a batch; return why it could not be. As long as the database takes its time, the spool is kept: it may
+        be for ever, and so short a time is lost."""
+        is_over = asyncio.Event()
+        keeping = asyncio.create_task(self._keep_spool_until(is_over))
+        try:
+            await self._write(batch)
+        except OSError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - a record that cannot be stored must not hold up the ledger
+            _log.exception("batch_refused", num_records=len(batch.records))
+            self._on_dropped(len(batch.records))
+            self._pending = msgspec.structs.replace(batch, records=())
+            return error
+        finally:
+            is_over.set()
+            await keeping
+        return None
 
     def _next_batch(self) -> Batch | None:
         """Take all that waits. A batch keeps its id however often it is tried."""
@@ -143,40 +154,42 @@ class Books:
         if not self._is_away:
             _log.warning("database_away", error=str(error), booked="later")
         self._is_away = True
-        self._keep_spool()
 
     def _note_return(self) -> None:
         if self._is_away:
             _log.info("database_back")
         self._is_away = False
 
-    # The file holds the batch that may or may not have been booked, and what has come since.
+    # The spool is a file that holds the batch that may or may not have been booked, and what has come since. A thread
+    # writes it, one thing after the other: a disk may take its time, and requests must not wait for it.
 
-    def _spool_later(self) -> None:
-        """Keep the file as long as the database takes its time: it may be for ever, and so short a time is lost."""
-        self._spooling = asyncio.get_running_loop().call_later(self.SPOOL_INTERVAL_S, self._spool_and_again)
+    async def _keep_spool_until(self, is_over: asyncio.Event) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self.SPOOL_INTERVAL_S):
+                    await is_over.wait()
+            except TimeoutError:
+                await self._keep_spool()
+            else:
+                return
 
-    def _spool_and_again(self) -> None:
-        self._keep_spool()
-        self._spool_later()
-
-    def _drop_spool(self) -> None:
-        if self._has_spool:
-            self._spool.unlink(missing_ok=True)
-            self._has_spool = False
-
-    def _keep_spool(self) -> None:
+    async def _keep_spool(self) -> None:
         since = tuple(amounts.line(key) for key, amounts in self._lines.items())
         batches = [msgspec.structs.replace(self._pending, records=())] if self._pending is not None else []
         if since:
             batches.append(Batch(id=secrets.token_hex(16), lines=since, records=()))
-        draft = self._spool.with_suffix(".draft")
+        self._has_spool = True
+        await self._on_disk(_replace, self._spool, msgspec.json.Encoder().encode_lines(batches))
+
+    async def _drop_spool(self) -> None:
+        if self._has_spool:
+            self._has_spool = False
+            await self._on_disk(_remove, self._spool)
+
+    async def _on_disk(self, do: Callable[..., None], *what: object) -> None:
+        """Have the thread do it after all that it was given before, also if the caller does not wait for the end."""
         try:
-            self._spool.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft.write_bytes(msgspec.json.Encoder().encode_lines(batches))
-            draft.chmod(0o600)
-            draft.replace(self._spool)
-            self._has_spool = True
+            await asyncio.get_running_loop().run_in_executor(self._disk, do, *what)
         except OSError as error:
             _log.warning("spool_failed", path=str(self._spool), error=str(error))
 
@@ -200,6 +213,18 @@ class Books:
         key = (line.day, line.tenant, line.key, line.end_user, line.model)
         amounts = self._lines.setdefault(key, _Amounts())
         amounts.add_line(line)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    draft = path.with_suffix(".draft")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft.write_bytes(content)
+    draft.chmod(0o600)
+    draft.replace(path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 class _Amounts:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from structlog.testing import capture_logs
 
 from core.chat import Usage
 from core.records import Batch, RequestRecord
+from gateway import books as books_module
 from gateway.books import Books
 
 DAY = 86_400.0
@@ -65,11 +67,9 @@ def books(ledger: FakeLedger, directory: Path, **more: Any) -> Books:
 async def spooled(directory: Path, *, batches: int) -> None:
     """Let the loop turn until so many batches are in the spool."""
     path = directory / "ledger.pending"
-    for _ in range(10_000):
-        if path.exists() and path.read_bytes().count(b"\n") == batches:
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("they are not in the spool")
+    async with asyncio.timeout(10):
+        while not (path.exists() and path.read_bytes().count(b"\n") == batches):  # noqa: ASYNC110 - a thread writes it
+            await asyncio.sleep(0)
 
 
 async def test_requests_of_one_subject_become_one_line_and_a_record_each(tmp_path: Path) -> None:
@@ -187,6 +187,28 @@ async def test_what_a_database_that_hangs_has_not_confirmed_survives_a_crash(
         pass
     assert (ledger.requests, ledger.cost) == (2, 14)
     assert not (tmp_path / "ledger.pending").exists()
+
+
+async def test_a_disk_that_takes_its_time_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_time, replace = threading.Event(), books_module._replace
+
+    def replace_late(path: Path, content: bytes) -> None:
+        assert has_time.wait(10)
+        replace(path, content)
+
+    monkeypatch.setattr(books_module, "_replace", replace_late)
+    ledger = FakeLedger()
+    ledger.is_away = True
+    home = books(ledger, tmp_path)
+    home.add(record(0))
+    flush = asyncio.create_task(home.flush())
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not flush.done()
+    has_time.set()
+    await flush
+
+    assert (tmp_path / "ledger.pending").read_bytes().count(b"\n") == 1
 
 
 @pytest.mark.parametrize("is_booked", [True, False])
