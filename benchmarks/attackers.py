@@ -22,6 +22,7 @@ Ends with 1 if a target is missed.
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import os
@@ -373,6 +374,7 @@ class Measurement:
         """Return a turn during which the machine did not stand still, or the last one tried, and how many it did in."""
         again = 0
         while True:
+            gc.collect()  # now, and not while answers are timed; see ``measure``
             began = time.perf_counter()
             taken = await turn(self.gateway, SAMPLES)
             if again == MOST_TAKEN_AGAIN or not await self.stalls.since(began):
@@ -388,6 +390,8 @@ async def measure(rounds: int, names: Sequence[str], cores: Cores) -> tuple[dict
     """Run all turns; return the cells, and how many quiet turns were taken again."""
     alone: Turns = []
     cells = {name: Cell(alone) for name in names}
+    gc.freeze()
+    gc.disable()  # a collection in this process would delay all answers, and be taken for the gateway's doing
     both = {cores.gateway, cores.load}
     async with noted(both) as stalls, attackers() as enemy, FakeEngine(model="fake", **ENGINE) as engine:
         models = {
