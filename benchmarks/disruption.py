@@ -75,13 +75,18 @@ def pauses(replies: Sequence[Reply]) -> list[float]:
     return [reply.pause_s for reply in replies if reply.question.streams and reply.story.error is None]
 
 
+def acts_of(seen: Trial) -> str:
+    """What was done to workers, and how often."""
+    return ", ".join(f"{count} × {act}" for act, count in seen.acts.most_common()) or "nothing"
+
+
 def row(name: str, seen: Trial) -> str:
     """A row of the table."""
     before, after = pauses(seen.undisturbed), pauses(seen.replies)
     cells = [
         name,
         str(len(seen.replies)),
-        ", ".join(f"{count} × {act}" for act, count in seen.acts.most_common()) or "–",
+        acts_of(seen),
         ", ".join(f"{count} {cause}" for cause, count in seen.ended.most_common()),
         str(len(seen.disturbed.broken)),
         str(len(seen.seams)) if seen.seams is not None else "–",
@@ -112,6 +117,7 @@ def verdicts(arm: Arm, seen: Trial) -> list[tuple[str, bool]]:
         ("complete", "100 % of unpinned streams", f"{complete} of {len(streams)}", complete == len(streams)),
         ("ended", "no other errors but `worker_lost` of pinned streams", f"{len(disturbed.unfinished)} others",
          not disturbed.unfinished),
+        ("acts", "workers killed and drained", acts_of(seen), {"kill", "drain"} <= set(seen.acts)),
         ("cuts", "legs cut ≥ a tenth of requests", f"{seen.num_cut}", seen.num_cut * 10 >= len(seen.replies)),
     ]  # fmt: skip
     if arm.is_exact:

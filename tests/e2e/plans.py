@@ -83,7 +83,7 @@ def vllm_plan(directory: Path, *, times: int = 1) -> Plan:
     }
     lifecycle = {**_LIFECYCLE, "start_timeout": _VLLM_START_S, "probe_interval": 0.5, "stop_timeout": 30}
     worker = {"engine": "vllm", "launch": launch, "replicas": 2, "lifecycle": lifecycle}
-    return _plan(VLLM, {"workers": [worker]}, 12, ("drain", "kill") * times, (20.0, 60.0), record)
+    return _plan(VLLM, {"workers": [worker]}, 12, ("kill", "drain") * times, (4.0, 10.0), record)
 
 
 def _plan(
