@@ -24,10 +24,11 @@ def leg(at: float, given: str | None, *texts: str) -> dict[str, Any]:
     return {"at": at, "path": CHAT, "messages": messages, "prompt": prompt, "said": said(*texts)}
 
 
-def faults(directory: Path, text: str, *legs: dict[str, Any]) -> list[str]:
+def faults(directory: Path, text: str, *legs: dict[str, Any], stop: list[str] | None = None) -> list[str]:
     record = directory / "record.jsonl"
     record.write_text("".join(json.dumps(one) + "\n" for one in legs))
-    return seam_faults(record, [(QUESTION, Story((text,)))])
+    question = QUESTION._replace(body={**QUESTION.body, "stop": stop or []})
+    return seam_faults(record, [(question, Story((text,)))])
 
 
 def test_a_text_is_whole_if_each_leg_went_on_from_what_was_delivered(tmp_path: Path) -> None:
@@ -49,3 +50,12 @@ def test_a_text_that_is_more_or_less_or_other_than_was_said_is_told(tmp_path: Pa
 def test_a_leg_that_was_told_to_go_on_from_something_else_is_told(tmp_path: Path) -> None:
     legs = leg(1, None, "one"), leg(2, "one 2", " three"), leg(3, "one two", " three")
     assert len(faults(tmp_path, "one two three", *legs)) == 1
+
+
+def test_a_stop_string_across_a_seam_ends_the_text_though_no_engine_saw_it(tmp_path: Path) -> None:
+    legs = leg(1, None, "one two."), leg(2, "one two.", " three")
+
+    assert faults(tmp_path, "one two", *legs, stop=["four", ". "]) == []
+    assert faults(tmp_path, "one two. three", *legs, stop=["four", ". "])
+    assert faults(tmp_path, "one two", *legs, stop=["four"])
+    assert faults(tmp_path, "one", *legs, stop=["four", ". "])
