@@ -320,8 +320,8 @@ class Cell:
             name,
             *(f"{value * 1e3:.1f}" for value in figures),
             f"{found.middle:.2f} [{found.low:.2f}–{found.high:.2f}]",
-            f"{len(beside)}",
-            f"{self.taken_again}",
+            str(len(beside)),
+            str(self.taken_again),
             f"{told or '–'}{f' ({rate:.0f}/s)' if rate else ''}",
         ]
         return "| " + " | ".join(cells) + " |"
@@ -377,7 +377,7 @@ class Measurement:
             gc.collect()  # now, and not while answers are timed; see ``measure``
             began = time.perf_counter()
             taken = await turn(self.gateway, SAMPLES)
-            if again == MOST_TAKEN_AGAIN or not await self.stalls.since(began):
+            if again == MOST_TAKEN_AGAIN or not await self.stalls.any_since(began):
                 return taken, again
             again += 1
 

@@ -56,14 +56,9 @@ class _Terms:
 
     __slots__ = ("amounts", "gauges", "has_money", "meters", "shown")
 
-    def __init__(self, gauges: tuple[_Gauge, ...], spent: Spent, now: float) -> None:
+    def __init__(self, gauges: tuple[_Gauge, ...], meters: tuple[Meter, ...]) -> None:
         self.gauges = gauges
-        self.meters = tuple(
-            Meter(gauge.key, gauge.kind, gauge.limit)
-            if gauge.budget is None
-            else spent.meter(gauge.subject, gauge.budget, now)
-            for gauge in gauges
-        )
+        self.meters = meters
         self.amounts = tuple(_AMOUNT_OF[gauge.measure] for gauge in gauges)
         self.has_money = _MONEY in self.amounts
         places = {
@@ -91,14 +86,14 @@ class _Known:
         )
         self.spent: Spent | None = None
         self.day = 0
-        self.terms = _Terms((), Spent(), 0)
+        self.terms = _Terms((), ())
 
     def terms_of(self, spent: Spent, now: float) -> _Terms:
         """Return the terms as they are now."""
         day = day_of(now)
         if self.gauges and (self.spent is not spent or self.day != day):
             self.spent, self.day = spent, day
-            self.terms = _Terms(self.gauges, spent, now)
+            self.terms = _Terms(self.gauges, _meters(self.gauges, spent, now))
         return self.terms
 
 
@@ -166,11 +161,20 @@ class Admission:
         known = self._known.get(principal.key.id)
         if known is None or known.principal is not principal:
             known = self._known[principal.key.id] = _Known(principal)
-        user = call.context.end_user
+        terms, user = known.terms_of(spent, now), call.context.end_user
         if not user or not tenant.tells_end_users_apart:
-            return known.terms_of(spent, now)
+            return terms
         own = _gauges(("end_user", tenant.id, user), tenant.end_user, tenant.end_user_budgets)
-        return _Terms(known.gauges + own, spent, now)
+        return _Terms(terms.gauges + own, terms.meters + _meters(own, spent, now))
+
+
+def _meters(gauges: Sequence[_Gauge], spent: Spent, now: float) -> tuple[Meter, ...]:
+    return tuple(
+        Meter(gauge.key, gauge.kind, gauge.limit)
+        if gauge.budget is None
+        else spent.meter(gauge.subject, gauge.budget, now)
+        for gauge in gauges
+    )
 
 
 def _gauges(subject: Subject, rate: Rate, budgets: Sequence[Budget]) -> tuple[_Gauge, ...]:

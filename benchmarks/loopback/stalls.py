@@ -2,7 +2,7 @@
 
 Virtual machines share their host, and now and then get no core for a fraction of a second. Whoever measures a 99th
 percentile has to know, for one such moment delays more answers than all that is measured. The clock is a process of the
-real-time class, so that it sleeps too long only where its core was not there; it costs a core 0.2 %.
+real-time class, so that it sleeps too long only where its core was not there.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ class Stalls:
     def __init__(self) -> None:
         self.seen: list[tuple[float, float]] = []
 
-    async def since(self, began: float) -> float:
-        """Return for how many seconds a core has stood still since then; waits until the clocks have said so."""
+    async def any_since(self, began: float) -> bool:
+        """Return whether a core has stood still since then; waits until the clocks have said so."""
         await asyncio.sleep(_NOTED_WITHIN_S)
-        return sum(until - max(since, began) for since, until in self.seen if until > began)
+        return any(until > began for _, until in self.seen)
 
 
 @asynccontextmanager

@@ -193,15 +193,17 @@ def test_a_body_of_millions_of_parts_is_refused_at_once(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw",
+    ("raw", "status"),
     [
-        b'{"model": "m", "tools": [' + b'{"type": "function"},' * 999 + b"0]}",
-        b'{"model": ',
-        b'{"model": "n"}',
-        b'{"model": "m", "messages": [{"role": "user", "content": "the worker of m fails"}]}',
+        (b'{"model": "m", "tools": [' + b'{"type": "function"},' * 999 + b"0]}", 400),
+        (b'{"model": ', 400),
+        (b'{"model": "n"}', 404),
+        (b'{"model": "m", "messages": [{"role": "user", "content": "the worker of m fails"}]}', 502),
     ],
 )
-async def test_what_was_refused_is_gone_at_once_and_waits_for_no_collector(raw: bytes, tmp_path: Path) -> None:
+async def test_what_was_refused_is_gone_at_once_and_waits_for_no_collector(
+    raw: bytes, status: int, tmp_path: Path
+) -> None:
     key = "fbk_0123456789-of-the-attacker"
     sent: list[MutableMapping[str, Any]] = []
 
@@ -229,5 +231,5 @@ async def test_what_was_refused_is_gone_at_once_and_waits_for_no_collector(raw: 
             finally:
                 gc.enable()
 
-    assert sent[0]["status"] in {400, 404, 500, 502}
+    assert sent[0]["status"] == status
     assert not kept
