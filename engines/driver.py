@@ -41,8 +41,10 @@ class Continuation(msgspec.Struct, frozen=True):
     no more and no less.
 
     ``prompt_ids`` and ``ids`` are the prompt's and the text's token ids where the engine has told them; ``ids`` may say
-    more than the text, where an engine holds text back. ``num_tokens``: how many the text took, where the engine has
-    told that; the same text may be fewer when it is parted anew, and limits count what was made. ``usage`` is what the
+    more than the text, where an engine holds text back; ``num_at_once`` of them came with the last piece, if that was
+    told of several at once: the last of those may be the beginning of a letter that is not in the text. ``num_tokens``:
+    how many the text took, where the engine has told that; the same text may be fewer when it is parted anew, and
+    limits count what was made. ``usage`` is what the
     engines have told of the legs so far, None if they have not. ``num_pieces``: in how many pieces it came, also those
     without text; most engines send each token as one.
     """
@@ -50,6 +52,7 @@ class Continuation(msgspec.Struct, frozen=True):
     texts: Sequence[str]
     prompt_ids: list[int] | None = None
     ids: list[int] | None = None
+    num_at_once: int = 0
     num_tokens: int | None = None
     usage: Usage | None = None
     num_pieces: int = 0

@@ -39,6 +39,7 @@ class Transcript:
         self._prompt_ids: list[int] | None = None
         self._ids: list[int] = []
         self._num_sure = 0  # of the ids, those whose text is out
+        self._num_at_once = 0
         self._num_held = 0
         self._pieces = PieceCount()
         self._has_ids = True
@@ -76,7 +77,9 @@ class Transcript:
         if self._usage is not None:
             num_tokens = self._usage.completion_tokens
         num_pieces = self._pieces.num_sure
-        return Continuation(tuple(self._texts), self._prompt_ids, ids, num_tokens, self._usage, num_pieces)
+        return Continuation(
+            tuple(self._texts), self._prompt_ids, ids, self._num_at_once, num_tokens, self._usage, num_pieces
+        )
 
     # What the first leg has said
 
@@ -130,7 +133,7 @@ class Transcript:
         self._usage = usage
 
     def _note_ids(self, frame: bytes, asides: Iterator[bytes], *, has_text: bool) -> None:
-        has_ids = False
+        told: list[int] | None = None
         for hole in _HOLE.finditer(frame):
             ids = msgspec.json.decode(next(asides, b"null"), type=list[int] | None)
             if ids is None:
@@ -138,10 +141,14 @@ class Transcript:
             if hole[1]:
                 self._prompt_ids = ids
             else:
-                self._ids += ids
-                has_ids = True
+                told = ids
+        self._take_ids(told, has_text=has_text)
+
+    def _take_ids(self, ids: list[int] | None, *, has_text: bool) -> None:
+        self._ids += ids or []
         if has_text:
-            self._has_ids = self._has_ids and has_ids
+            self._has_ids = self._has_ids and ids is not None
+            self._num_at_once = len(self._ids) - self._num_sure if ids and len(ids) > 1 else 0
             self._num_sure = len(self._ids)
 
     # What later legs say
@@ -154,13 +161,10 @@ class Transcript:
             self.recomputed += piece.prefilled
         if piece.expected is not None:
             self.expected = piece.expected
-        if piece.ids is not None:
-            self._ids += piece.ids
+        self._take_ids(piece.ids, has_text=bool(piece.text))
         if piece.text or piece.num_tokens:
             self._pieces.add(piece.text)
         if piece.text:
-            self._has_ids = self._has_ids and piece.ids is not None
-            self._num_sure = len(self._ids)
             self._texts.append(piece.text)
         if piece.usage is not None:  # it counts what was held back as well
             self._usage, self._num_held = piece.usage, 0

@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ _NOT_OF_COMPLETIONS = frozenset({
 })  # fmt: skip
 _TEMPLATE_KEYS = ("chat_template_kwargs", "add_generation_prompt")
 _NO_CHARACTER = "\ufffd"
+_MOST_TORN = 3  # of a letter's four bytes
 _DEFAULT_LIMIT = 16  # of /v1/completions
 _WORTH_ASKING = 32  # tokens still to come: of a shorter answer the usage comes soon enough
 _PREFILL_TIMEOUT_S = 120.0
@@ -83,17 +84,19 @@ class VllmDriver(OpenAIDriver):
         """Go on by ``/v1/completions`` with the prompt's and the answer's token ids; see ``Resumable.resume``.
 
         The ids are those of the earlier legs: they are what the engine made, also where no text follows from them
-        (special tokens, bytes that are no characters). Where they are unknown, the text is tokenised anew. With stop
+        (special tokens, bytes that are no characters). Where they are unknown, or end in the beginning of a letter, the
+        text is tokenised anew: of a prompt that ends so vLLM tells all the text again, with the letter. With stop
         strings vLLM holds text back that its ids say already: it is delivered by this leg.
         """
         if self._is_dead:
             raise WorkerUnreachable("the engine process of this worker has died")
         prompt_ids = past.prompt_ids if past.prompt_ids is not None else await self._ids_of_prompt(call)
         stops = _stops_of(call)
-        held = await self._held_back(past) if stops else ""
-        by_ids = past.ids is not None and held is not None
+        held = await self._held_back(past, stops) if stops else ""
+        num_torn = 0 if stops else await self._num_torn(past)
+        by_ids = past.ids is not None and held is not None and num_torn == 0
         ids = past.ids if by_ids and past.ids is not None else await self._ids_of_text(call, past.text)
-        num_past = len(ids) if past.num_tokens is None else past.num_tokens
+        num_past = len(ids) if past.num_tokens is None else past.num_tokens - (num_torn or 0)
         seam = Seam(held or "", stops)
         limit = self._limit(call, len(prompt_ids), len(ids) - num_past)
         if limit is not None and num_past >= limit:
@@ -162,23 +165,42 @@ class VllmDriver(OpenAIDriver):
         return await self._tokens(call, asked)
 
     async def _ids_of_text(self, call: Call, text: str) -> list[int]:
+        text = text.rstrip(_NO_CHARACTER)  # it would be taken for the beginning of a letter
         return await self._tokens(call, {"prompt": text, "add_special_tokens": False}) if text else []
 
     async def _tokens(self, call: Call, asked: dict[str, object]) -> list[int]:
         answer = await self.tokenize({"model": call.model, **asked})
         return msgspec.convert(answer.get("tokens"), list[int])
 
-    async def _held_back(self, past: Continuation) -> str | None:
+    async def _held_back(self, past: Continuation, stops: Sequence[str]) -> str | None:
         """Return the text that the ids of the past say and that was not delivered; None if they say another.
 
         Tokenizers differ in the space before a text that stands alone. What is told of special tokens and of bytes that
-        are no characters differs from what was streamed: such an answer goes on by its text.
+        are no characters differs from what was streamed: such an answer goes on by its text. No more is held back than
+        may be the beginning of a stop string; what is more is a special token.
         """
         if not past.ids:
             return None if past.text else ""
         told = (await self.detokenize({"tokens": past.ids})).get("prompt")
         told, text = str(told).lstrip(" "), past.text.lstrip(" ")
-        return told[len(text) :] if told.startswith(text) and not told.endswith(_NO_CHARACTER) else None
+        held = told[len(text) :]
+        is_held = told.startswith(text) and len(held) < max(map(len, stops)) and not held.endswith(_NO_CHARACTER)
+        return held if is_held else None
+
+    async def _num_torn(self, past: Continuation) -> int | None:
+        """Return how many of the last ids begin a letter that the text has not; None if they say another text.
+
+        A letter's ids have no text until it is whole, so only those that came several at once are asked about. What is
+        told of special tokens differs from what was streamed.
+        """
+        if not past.ids or not past.num_at_once:
+            return 0
+        at_once, text = past.ids[-past.num_at_once :], past.texts[-1]
+        for num_torn in range(min(len(at_once), _MOST_TORN + 1)):
+            told = (await self.detokenize({"tokens": at_once[: len(at_once) - num_torn]})).get("prompt")
+            if str(told).lstrip(" ") == text.lstrip(" "):
+                return num_torn
+        return None
 
     def _limit(self, call: Call, num_prompt: int, num_more: int) -> int | None:
         """Return how many tokens the answer may have in all. ``num_more``: how many more its text is when it is parted

@@ -4,11 +4,13 @@ from the undisturbed only where rounding does."""
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import pytest_asyncio
 
 from core.chat import Call, Endpoint
+from engines.driver import Continuation
 from engines.drivers.vllm import VllmDriver
 from tests.contract.beds import Bed, after, ask, every
 from tests.fakes.workers import view
@@ -76,6 +78,22 @@ async def test_an_answer_with_special_tokens_goes_on_by_the_ids_that_vllm_told(
     print(f"{len(cut.legs)} legs, equal to the undisturbed answer: {cut.text == undisturbed.text}")
     assert (cut.faults, cut.finish, cut.usage["completion_tokens"]) == ([], "length", 48)
     assert cut.text[:8] == undisturbed.text[:8]
+
+
+async def test_a_prompt_that_would_end_in_half_a_letter_is_not_told_again(bed: Bed) -> None:
+    driver, asked = bed.drivers["m-0"], ask(prompt="Say foxes.", max_tokens=24, ignore_eos=True)
+    assert isinstance(driver, VllmDriver)
+    told = await driver.tokenize({"prompt": "one 🦊🐻", "add_special_tokens": False})
+    ids = msgspec.convert(told["tokens"], list[int])[:-1]
+    past = Continuation(("one 🦊",), ids=ids, num_at_once=len(ids), num_tokens=len(ids))
+
+    pieces = [piece async for piece in driver.resume(asked, past)]
+
+    text = "".join(piece.text for piece in pieces)
+    assert "foxes" not in text, "vLLM tells all of a prompt that ends in half a letter"
+    assert "user" not in text
+    assert pieces[-1].usage is not None
+    assert pieces[-1].usage.completion_tokens == 24
 
 
 async def test_what_the_client_reads_of_an_undisturbed_answer_is_what_vllm_writes(bed: Bed, vllm: Vllm) -> None:

@@ -120,7 +120,26 @@ def test_ids_of_text_that_is_held_back_are_not_gone_on_from() -> None:
     transcript = read(journal_of(asked, frames, [False]))
 
     assert transcript is not None
-    assert transcript.past() == Continuation(("one",), None, [1], 1, num_pieces=1)
+    assert transcript.past() == Continuation(("one",), ids=[1], num_tokens=1, num_pieces=1)
+
+
+@pytest.mark.parametrize(
+    ("told", "num_at_once"),
+    [
+        ([("a", [1]), ("", [10]), ("", [11]), ("🦊", [12])], 0),
+        ([("a", [1]), ("", [10]), ("🦊", [11, 12])], 3),  # the last of them may begin another letter
+        ([("a", [1, 2]), ("b", [3])], 0),
+    ],
+)
+def test_a_past_says_which_ids_came_at_once_with_the_last_text(
+    told: list[tuple[str, list[int]]], num_at_once: int
+) -> None:
+    frames = [frame(Endpoint.CHAT, text, ids) for text, ids in told]
+
+    transcript = read(journal_of(call(), frames, [False]))
+
+    assert transcript is not None
+    assert transcript.past().num_at_once == num_at_once
 
 
 @pytest.mark.parametrize(

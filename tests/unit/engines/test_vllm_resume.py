@@ -23,20 +23,26 @@ _USAGE = 'data: {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens
 
 
 class Forgetful:
-    """An engine to which every text is one token; ``says`` is the text of all ids, and ``num_told`` how often it was
-    asked for that."""
+    """An engine to which every text is one token; ``says`` is the text of all ids, unless ``letters`` say what each is,
+    and ``num_told`` how often it was asked for that."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.says = "something else"
+        self.letters: dict[int, bytes] = {}
+        self.parted: list[str] = []
         self.num_told = 0
 
-    async def tokenize(self, _: web.Request) -> web.Response:
+    async def tokenize(self, request: web.Request) -> web.Response:
+        self.parted.append((await request.json())["prompt"])
         return web.json_response({"tokens": [9], "count": 1})
 
-    async def detokenize(self, _: web.Request) -> web.Response:
+    async def detokenize(self, request: web.Request) -> web.Response:
         self.num_told += 1
-        return web.json_response({"prompt": self.says})
+        if not self.letters:
+            return web.json_response({"prompt": self.says})
+        made = b"".join(self.letters[token] for token in (await request.json())["tokens"])
+        return web.json_response({"prompt": made.decode(errors="replace")})
 
     async def complete(self, request: web.Request) -> web.Response:
         self.asked.append(await request.json())
@@ -146,7 +152,7 @@ async def test_what_an_engine_held_back_for_a_stop_string_is_delivered_when_the_
     assert all(asked["prompt"] == [1, 4, 5] for asked in forgetful.asked)
 
 
-@pytest.mark.parametrize("says", ["another", "ab\ufffd"])
+@pytest.mark.parametrize("says", ["another", "ab\ufffd", "abc<|end|>d"])
 async def test_ids_that_say_what_was_never_streamed_are_not_gone_on_from_where_text_may_be_held_back(
     engine: tuple[Forgetful, VllmDriver], says: str
 ) -> None:
@@ -155,3 +161,33 @@ async def test_ids_that_say_what_was_never_streamed_are_not_gone_on_from_where_t
     past = Continuation(("ab",), prompt_ids=[1], ids=[4, 5], num_tokens=2)
     await pieces_of(driver, past, limit=20, stop="stop")
     assert forgetful.asked[-1]["prompt"] == [1, 9]
+
+
+@pytest.mark.parametrize(
+    ("at_once", "text", "torn"),
+    [
+        ([1, 2], "ab", 0),
+        ([1, 2, 10], "ab", 1),
+        ([1, 2, 10, 11], "ab", 2),
+        ([10, 11, 12, 10], "🦊", 1),
+        ([10, 2], "\ufffdb", 0),
+        ([2, 10, 7], "b", 2),  # a special token after the beginning of a letter
+    ],
+)
+async def test_an_answer_that_ends_in_half_a_letter_goes_on_by_its_text(
+    engine: tuple[Forgetful, VllmDriver], at_once: list[int], text: str, torn: int
+) -> None:
+    forgetful, driver = engine
+    forgetful.letters = {1: b"a", 2: b"b", 7: b"<|end|>", 10: b"\xf0\x9f", 11: b"\xa6", 12: b"\x8a"}
+    ids = [1, *at_once]
+    past = Continuation(("a", text), prompt_ids=[1], ids=ids, num_at_once=len(at_once), num_tokens=len(ids))
+    await pieces_of(driver, past, limit=20)
+    assert forgetful.asked[-1]["prompt"] == ([1, 9] if torn else [1, *ids])
+    assert forgetful.parted == (["a" + text] if torn else [])
+    assert forgetful.asked[-1]["max_tokens"] == 20 - len(ids) + torn
+
+
+async def test_a_text_whose_last_letter_was_none_goes_on_without_it(engine: tuple[Forgetful, VllmDriver]) -> None:
+    forgetful, driver = engine
+    await pieces_of(driver, Continuation(("a", "b\ufffd"), prompt_ids=[1], num_tokens=2), limit=20)
+    assert forgetful.parted == ["ab"]
