@@ -108,11 +108,15 @@ class LlamaCppDriver:
         return "prefix" if able and may_be_cut(call) else "pinned"
 
     async def park(self, call: Call, num_expected: Callable[[], int]) -> None:
-        """Settle, and save the slot that the call has left, if there are files and nobody else has come to it."""
-        await self.settle(num_expected)
+        """Settle, and save the slot that the call has left, if there are files and nobody else has come to it.
+
+        Of legs that were started the engine may not know yet: that no more run than should does not mean that this one
+        runs no more.
+        """
+        guest = (call.context.tenant, call.id)
+        await self._until(lambda load: load.running <= num_expected() and not self._book.is_leaving(*guest))
         if not self._free_files and not self._files:
             return
-        guest = (call.context.tenant, call.id)
         async with self._book.parked(*guest) as slot:
             if slot is None:
                 return
@@ -246,11 +250,14 @@ class LlamaCppDriver:
 
     async def settle(self, num_expected: Callable[[], int]) -> None:
         """Return when no more slots are busy than should be, or after twenty seconds."""
+        await self._until(lambda load: load.running <= num_expected())
+
+    async def _until(self, has_settled: Callable[[Load], bool]) -> None:
         self._num_settling += 1
         try:
             for _ in range(int(_SETTLE_TIMEOUT_S / _SETTLE_POLL_S)):
                 load = await self.load()
-                if load is None or load.running <= num_expected():
+                if load is None or has_settled(load):
                     return
                 await asyncio.sleep(_SETTLE_POLL_S)
         finally:

@@ -88,15 +88,15 @@ class SlotBook:
         """
         if not self._slots:
             return Seat(None, is_cached=False)
-        fewest = min(slot.num_taken for slot in self._slots)
-        free = [number for number, slot in enumerate(self._slots) if slot.num_taken == fewest]
+        fewest = min((slot.num_running, slot.num_left) for slot in self._slots)  # what was left ends soon
+        free = [number for number, slot in enumerate(self._slots) if (slot.num_running, slot.num_left) == fewest]
         number = self._left_by(tenant, request, free)
         free = [number for number in free if not self._slots[number].is_unsettled] or free
         if number is None:
             number = self._like(tenant, prompt, free)
         if number is None:
             number = min(free, key=lambda number: self._slots[number].used_at)
-        if fewest and any(seat.slot == number for seat in self._entering):
+        if any(fewest) and any(seat.slot == number for seat in self._entering):
             return None
         slot = self._slots[number]
         is_scattered = self._num_scattered + self._num_scattered_left > 0
@@ -135,6 +135,10 @@ class SlotBook:
                     slot.num_running -= 1
                 return
         yield None
+
+    def is_leaving(self, tenant: TenantId, request: RequestId) -> bool:
+        """Return whether the engine may still work on what this request has left."""
+        return any(slot.num_left and self.holds(number, tenant, request) for number, slot in enumerate(self._slots))
 
     def holds(self, slot: int, tenant: TenantId, request: RequestId) -> bool:
         """Return whether nothing but what this request of the tenant left can be in the slot."""
@@ -193,12 +197,14 @@ class SlotBook:
         await self._news.wait()
 
     def observe(self, busy: Iterable[int]) -> None:
-        """Take what the engine says of its slots: those that it works on. What was left alone there is over."""
+        """Take what the engine says of its slots: those that it works on. What was left is over where it does not, or
+        where it may work on something else and works on no more than it should.
+        """
         working = set(busy)
         num_live = self._num_scattered + sum(slot.num_running for slot in self._slots)
         is_all_live = len(working) <= num_live
         for number, slot in enumerate(self._slots):
-            if is_all_live or number not in working:
+            if number not in working or (is_all_live and (slot.num_running or self._num_scattered)):
                 slot.num_left = 0
         if is_all_live:
             self._num_scattered_left = 0

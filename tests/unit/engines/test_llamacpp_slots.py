@@ -66,6 +66,28 @@ def test_a_slot_that_may_yet_be_parked_is_avoided_until_all_that_was_cut_has_set
     assert run(book, B, b"yet another").slot == left.slot
 
 
+def test_a_slot_that_was_left_is_working_as_long_as_the_engine_says_so_whatever_else_is_on_its_way() -> None:
+    book = SlotBook(2)
+    left = book.take(A, LONG, RequestId("one"))
+    assert left is not None
+    book.leave(left, has_ended=False)
+    coming = take(book, B)
+    assert coming.slot != left.slot
+
+    book.observe([left.slot or 0])  # the engine does not know of the other yet: as many work as should
+    assert book.is_leaving(A, RequestId("one"))
+
+    book.observe([coming.slot or 0])
+    assert not book.is_leaving(A, RequestId("one"))
+
+
+def test_one_queues_behind_what_was_left_rather_than_behind_what_runs() -> None:
+    book = SlotBook(3)
+    seats = [take(book, A, bytes([number]) * 40) for number in range(3)]
+    book.leave(seats[1], has_ended=False)
+    assert take(book, B).slot == seats[1].slot
+
+
 def test_a_request_that_goes_on_comes_back_to_its_own_slot() -> None:
     book = SlotBook(3)
     seats = [cut(book, A, request, request.encode() * 20) for request in ("one", "two", "three")]
