@@ -133,6 +133,7 @@ class SlotBook:
                     yield number
                 finally:
                     slot.num_running -= 1
+                    slot.is_unsettled = False  # whoever comes next is to take this one, and not one still to be parked
                 return
         yield None
 

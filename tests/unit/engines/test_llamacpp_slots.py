@@ -66,6 +66,14 @@ def test_a_slot_that_may_yet_be_parked_is_avoided_until_all_that_was_cut_has_set
     assert run(book, B, b"yet another").slot == left.slot
 
 
+async def test_of_two_slots_that_were_cut_the_one_that_was_parked_is_taken() -> None:
+    book = SlotBook(2)
+    first, second = cut(book, A, "one"), cut(book, A, "two")
+    async with book.parked(A, RequestId("two")) as slot:
+        assert slot == second.slot
+    assert take(book, B, b"another").slot == second.slot != first.slot, "though the other is unused for longer"
+
+
 def test_a_slot_that_was_left_is_working_as_long_as_the_engine_says_so_whatever_else_is_on_its_way() -> None:
     book = SlotBook(2)
     left = book.take(A, LONG, RequestId("one"))
