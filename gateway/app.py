@@ -21,6 +21,7 @@ from gateway.api.data import AsgiApp, DataPlane
 from gateway.api.document import describe
 from gateway.api.health import health_routes
 from gateway.api.models import model_routes
+from gateway.api.workflows import workflow_routes
 from gateway.connection import Connection, close_late
 from gateway.fleet import Localize
 from gateway.live import Live
@@ -84,6 +85,7 @@ def data_app(services: Services) -> DataPlane:
     app = FastAPI(title="Forebay", version=version("forebay-server"), redoc_url=None)
     app.include_router(health_routes(services))
     app.include_router(model_routes(services))
+    app.include_router(workflow_routes(services))
     speak_our_errors(app)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return DataPlane(

@@ -188,6 +188,16 @@ class Keyring:
             raise TenantSuspended(f"the tenant {str(principal.tenant)!r} is suspended; ask whoever runs this gateway")
         return principal
 
+    def principal(self, key: str, now: float) -> Principal:
+        """Return who a key's id belongs to. Raises like ``identify``."""
+        found = next((one for one in self._principals.values() if one.key.id == key), None)
+        if found is None:
+            raise self._unknown()
+        _check_validity(found.key, now)
+        if found.tenant_spec.is_suspended:
+            raise TenantSuspended(f"the tenant {str(found.tenant)!r} is suspended; ask whoever runs this gateway")
+        return found
+
     def operator(self, headers: Mapping[bytes, bytes], now: float) -> Operator:
         """Return which operator sent these headers; raises like ``identify``."""
         digest = _digest_in(headers)

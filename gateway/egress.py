@@ -104,6 +104,18 @@ class Egress:
                 raise InvalidRequest(f"the request names more than {_MAX_URLS} addresses", param=place.name)
             room -= await self._fill(place, room)
 
+    async def session(self, url: URL) -> aiohttp.ClientSession:
+        """Return a session that leads to this address and to no other, for the caller to close; it unpacks nothing.
+
+        Raises ``InvalidRequest`` for an address that may not be asked, ``OSError`` for one that cannot be found.
+        """
+        try:
+            return _session(await self._pinned(url))
+        except _NotAllowedError as error:
+            raise InvalidRequest(f"the address {error}") from None
+        except ValueError:
+            raise InvalidRequest("the address makes no sense") from None
+
     async def _fill(self, place: "_Place", room: int) -> int:
         if not self._policy.allow:
             raise InvalidRequest(
@@ -126,14 +138,8 @@ class Egress:
     async def _fetch(self, text: str, room: int) -> tuple[str, bytes]:
         url = URL(text)
         for _ in range(_MAX_REDIRECTS + 1):
-            pinned = await self._pinned(url)
             async with (
-                aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(resolver=pinned, use_dns_cache=False, force_close=True),
-                    cookie_jar=aiohttp.DummyCookieJar(),
-                    auto_decompress=False,  # what is small on the wire may not grow here
-                    trust_env=False,  # a proxy would resolve the name a second time
-                ) as session,
+                _session(await self._pinned(url)) as session,
                 session.get(
                     url,
                     allow_redirects=False,
@@ -149,7 +155,7 @@ class Egress:
         """Check where an address leads, and return a resolver that leads nowhere else."""
         host = (url.raw_host or "").rstrip(".").lower()
         if url.scheme not in _PORTS or not host:
-            raise _NotAllowedError("is no http or https address; send the content itself, as 'data:…;base64,…'")
+            raise _NotAllowedError("is no http or https address")
         if url.user is not None or url.password is not None:
             raise _NotAllowedError("holds a user name or password")
         if not self._is_listed(host, url.port or 0, _PORTS[url.scheme]):
@@ -199,6 +205,15 @@ class _Pinned(AbstractResolver):
 
     async def close(self) -> None:
         """Nothing is open."""
+
+
+def _session(pinned: _Pinned) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(resolver=pinned, use_dns_cache=False, force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,  # what is small on the wire may not grow here
+        trust_env=False,  # a proxy would resolve the name a second time
+    )
 
 
 class _Place(NamedTuple):

@@ -1,12 +1,13 @@
 """The composition root: the only place that knows every part, and puts them together."""
 
 import math
+import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 import msgspec
 
-from core.chat import CLASSES
+from core.chat import CLASSES, Usage
 from core.clock import Clock, SystemClock
 from core.ids import ModelName, TenantId, WorkerId
 from core.tenancy import Key, Price, Stored
@@ -29,9 +30,14 @@ from gateway.live import Live
 from gateway.metrics import Metrics
 from gateway.overlays import Overlays
 from gateway.replicas import Replicas, is_shared, replicas_of
+from gateway.runs.calls import Caller
+from gateway.runs.service import Runs
+from gateway.runs.work import Worker
 from gateway.settings import BUILT_IN_KEY, FairnessSettings, Settings, SettingsError
 from gateway.spending import Spending
 from gateway.tenants import declared_keys, declared_tenants, price_of
+from gateway.tools import Limits as ToolLimits
+from gateway.tools import Tools
 from gateway.tracing import Tracing
 from gateway.upkeep import Upkeep
 from gateway.vitals import vitals_of
@@ -44,6 +50,7 @@ from storage.sql.ledger import Ledger
 from storage.sql.requests import Requests
 from storage.sql.revisions import Revisions
 from storage.sql.tenants import Tenants
+from storage.sql.workflows import Workflows
 
 ENGINES: Mapping[str, Engine] = {
     "llamacpp": LlamaCppEngine(),
@@ -60,11 +67,19 @@ class Store(msgspec.Struct, frozen=True):
     requests: Requests
     audit: Audit
     revisions: Revisions
+    workflows: Workflows
 
     @classmethod
     def of(cls, database: Database, clock: Clock) -> "Store":
         """Return the repositories of one database."""
-        return cls(Tenants(database), Ledger(database, clock), Requests(database), Audit(database), Revisions(database))
+        return cls(
+            Tenants(database),
+            Ledger(database, clock),
+            Requests(database),
+            Audit(database),
+            Revisions(database),
+            Workflows(database),
+        )
 
 
 class Services(msgspec.Struct, frozen=True):
@@ -85,6 +100,7 @@ class Services(msgspec.Struct, frozen=True):
     dispatcher: Dispatcher
     chat: ChatService
     egress: Egress
+    runs: Runs
     metrics: Metrics
     tracing: Tracing | None
 
@@ -151,7 +167,11 @@ async def open_services(
         timeout_s=settings.database.timeout,
     )
     upkeep = Upkeep(
-        database, clock, migrate=settings.database.migrate, retention_s=lambda: live.settings.request_log.retention
+        database,
+        clock,
+        migrate=settings.database.migrate,
+        retention_s=lambda: live.settings.request_log.retention,
+        runs_retention_s=lambda: live.settings.workflows.retention,
     )
     prepared = database.once(lambda: upkeep.is_ready)
     store = Store.of(prepared, clock)
@@ -209,6 +229,23 @@ async def open_services(
         live.on_change(lambda: metrics.count_reload(is_applied=True))
         live.on_refused(lambda: metrics.count_reload(is_applied=False))
         overlays = await stack.enter_async_context(Overlays(store.revisions, live, clock))
+        admission = Admission(counting.limiter, clock, lambda: spending.spent, lambda: prices)
+        chat = ChatService(dispatcher)
+        egress = Egress(Policy(**settings.egress.model_dump()))
+        caller = Caller(
+            live=live, admission=admission, chat=chat, egress=egress, clock=clock, metrics=metrics, tracing=tracing,
+            books=books,
+        )  # fmt: skip
+
+        def cost_of(name: str, usage: Usage) -> int:
+            model = live.catalog.find(name)
+            return admission.price(model.name).cost(usage) if model is not None else 0
+
+        worker = Worker(
+            caller, Tools(egress, ToolLimits()), lambda key: directory.keyring.principal(key, clock.wall()), cost_of
+        )
+        owner = keep_key(settings.state_dir / "gateway.id", lambda: secrets.token_hex(8))
+        runs = await stack.enter_async_context(Runs(store.workflows, worker, clock, owner=owner))
         yield Services(
             live=live,
             overlays=overlays,
@@ -217,14 +254,15 @@ async def open_services(
             store=store,
             directory=directory,
             spending=spending,
-            admission=Admission(counting.limiter, clock, lambda: spending.spent, lambda: prices),
+            admission=admission,
             books=books,
             supervisor=supervisor,
             scheduler=scheduler,
             replicas=replicas,
             dispatcher=dispatcher,
-            chat=ChatService(dispatcher),
-            egress=Egress(Policy(**settings.egress.model_dump())),
+            chat=chat,
+            egress=egress,
+            runs=runs,
             metrics=metrics,
             tracing=tracing,
         )

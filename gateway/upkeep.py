@@ -12,6 +12,7 @@ from gateway.settings import SettingsError
 from storage.sql import schema
 from storage.sql.database import Database, StorageUnavailable
 from storage.sql.requests import Requests
+from storage.sql.workflows import Workflows
 
 _log = structlog.get_logger(__name__)
 
@@ -27,11 +28,20 @@ class Upkeep:
     INTERVAL_S = 2.0
     PRUNE_EVERY_S = 600.0
 
-    def __init__(self, database: Database, clock: Clock, *, migrate: bool, retention_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        *,
+        migrate: bool,
+        retention_s: Callable[[], float],
+        runs_retention_s: Callable[[], float],
+    ) -> None:
         self._database = database
         self._clock = clock
         self._migrate = migrate
         self._retention_s = retention_s
+        self._runs_retention_s = runs_retention_s
         self._loop = LoopingCall("upkeep", self._keep, self.INTERVAL_S)
         self._prunes_at = 0.0
         self._fault = ""
@@ -84,6 +94,7 @@ class Upkeep:
         now = self._clock.wall()
         try:
             pruned = await Requests(self._database).prune(now - self._retention_s(), now=now)
+            pruned += await Workflows(self._database).prune(now - self._runs_retention_s())
         except StorageUnavailable as error:
             _log.warning("prune_failed", error=str(error))
             return

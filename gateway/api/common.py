@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect
 from core.chat import Endpoint
 from core.errors import ForebayError, InternalError, InvalidRequest, MethodNotAllowed, RequestTooLarge, UnknownUrl
 from core.ids import new_request_id
-from gateway.api.requests import request_id_of
 from gateway.errors import body_of, headers_of, status_of
 from gateway.logs import REQUEST
+from gateway.requests import request_id_of
 
 _log = structlog.get_logger(__name__)
 

@@ -27,10 +27,10 @@ from core.errors import (
     RequestTooLarge,
 )
 from core.ids import RequestId, TenantId, new_request_id
-from core.records import CLIENT_LEFT, RequestRecord
+from core.records import CLIENT_LEFT
 from engines.run import Run
+from gateway.accounts import record_of
 from gateway.admission import Admission, Admitted
-from gateway.api.requests import read_call, request_id_of
 from gateway.auth import Principal
 from gateway.books import Books
 from gateway.chat import ChatService
@@ -41,6 +41,7 @@ from gateway.errors import body_of, frame_of, headers_of, status_of
 from gateway.live import Live
 from gateway.logs import REQUEST
 from gateway.metrics import Metrics
+from gateway.requests import read_call, request_id_of
 from gateway.tracing import Trace, Tracing
 
 Scope = MutableMapping[str, Any]
@@ -366,39 +367,22 @@ class DataPlane:
             self._num_prompt_tokens[principal.tenant] -= call.prompt_tokens_estimate
         if exchange.admitted is not None:
             self._admission.settle(exchange.admitted, usage, cost)
-        context = call.context if call is not None else None
         started_at, first_byte_at = exchange.started_at, exchange.first_byte_at
-        first_byte_s = first_byte_at - started_at if first_byte_at is not None else None
-        record = RequestRecord(
+        record = record_of(
             time=self._clock.wall(),
             id=exchange.id,
-            endpoint=endpoint.value,
+            endpoint=endpoint,
             status=CLIENT_LEFT if exchange.has_left else exchange.status,
             duration_s=now - started_at,
-            tenant=principal.tenant if principal is not None else None,
-            key=principal.key.id if principal is not None else None,
-            model=served.model if served is not None else call.model if call is not None else None,
-            urgency=context.urgency if context is not None else "standard",
-            asked_model=call.model if call is not None else None,
-            worker=served.worker if served is not None else None,
-            stream=call.stream if call is not None else False,
-            attempts=run.attempts if run is not None else 0,
-            queue_s=run.queue_s if run is not None else 0.0,
-            first_byte_s=first_byte_s,
-            overhead_s=first_byte_s - served.queue_s - served.engine_s
-            if served is not None and first_byte_s is not None
-            else None,
+            first_byte_s=first_byte_at - started_at if first_byte_at is not None else None,
+            principal=principal,
+            call=call,
+            run=run,
+            served=served,
             usage=usage,
             cost=cost,
-            error=exchange.error.specific_code if exchange.error is not None else None,
-            end_user=context.end_user if context is not None else None,
-            session=context.session if context is not None else None,
-            program=context.program if context is not None else None,
-            run=context.run if context is not None else None,
-            stage=context.stage if context is not None else None,
+            error=exchange.error,
             client_retry=_client_retry(exchange.headers),
-            traceparent=call.traceparent if call is not None else None,
-            legs=tuple(run.legs) if run is not None else (),
         )
         self._metrics.observe(record, exchange.error)
         if exchange.trace is not None and self._tracing is not None:

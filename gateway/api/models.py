@@ -8,8 +8,8 @@ from core.errors import NoHealthyWorker, UnknownModel
 from engines.driver import Driver
 from engines.worker import State
 from gateway.api.common import read_body
-from gateway.api.requests import find_model, parse_body
 from gateway.auth import Principal
+from gateway.requests import find_model, parse_body
 from gateway.services import Services
 from routing.catalog import Model
 

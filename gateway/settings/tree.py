@@ -298,6 +298,12 @@ class RequestLogSettings(_Section):
     retention: Annotated[Seconds, OVERRIDABLE] = 30 * 86400.0
 
 
+class WorkflowSettings(_Section):
+    """Runs of workflows: ``retention``, how long one that has ended is kept, with all its values."""
+
+    retention: Annotated[Seconds, OVERRIDABLE] = 7 * 86400.0
+
+
 class DatabaseSettings(_Section):
     """Where tenants, keys, the ledger, the request log and revisions are kept: SQLite in the state folder, or
     ``postgresql://…``. ``migrate``: bring its tables up to date at start, or refuse to start with old ones."""
@@ -374,6 +380,7 @@ class Settings(BaseSettings):
     queue: Annotated[QueueSettings, OVERRIDABLE] = QueueSettings()
     fairness: Annotated[FairnessSettings, OVERRIDABLE] = FairnessSettings()
     request_log: RequestLogSettings = RequestLogSettings()
+    workflows: WorkflowSettings = WorkflowSettings()
     egress: EgressSettings = EgressSettings()
     tracing: TracingSettings = TracingSettings()
     log: LogSettings = LogSettings()

@@ -3,7 +3,20 @@
 Money is in picodollars, times are Unix seconds, days are counted from the epoch (UTC).
 """
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Double, Index, Integer, LargeBinary, MetaData, Table
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    UniqueConstraint,
+)
 
 from storage.sql.types import Amount, Line, Prose, Small
 
@@ -127,3 +140,34 @@ revisions = Table(
     Column("state", Line, nullable=False),
     Column("expires_at", Double),
 )
+
+runs = Table(
+    "runs",
+    METADATA,
+    Column("id", Line, primary_key=True),
+    Column("tenant", Line, nullable=False),
+    Column("key", Line, nullable=False),
+    Column("graph", LargeBinary, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False),
+    Column("state", Line, nullable=False),
+    Column("end_user", Line),
+    Column("app", Line),
+    Column("idempotency", Line),
+    Column("digest", Line, nullable=False),
+    Column("owner", Line, nullable=False),
+    Column("leased_until", Double, nullable=False),
+    UniqueConstraint("tenant", "idempotency", name="uq_runs_idempotency"),
+    Index("ix_runs_tenant", "tenant", "created_at"),
+    Index("ix_runs_state", "state", "updated_at"),
+)
+"""Runs of workflows."""
+
+run_events = Table(
+    "run_events",
+    METADATA,
+    Column("run", Line, ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+"""What has happened to them, in order; it goes with its run."""

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from core.chat import Call, Endpoint
 from core.errors import InvalidRequest
 from core.ids import ModelName, RequestId, TenantId, new_request_id
-from gateway.api.requests import read_call
 from gateway.auth import Principal
+from gateway.requests import read_call
 from routing.catalog import Catalog, Model
 from routing.fairness.policy import Fairness
 from tests.fakes.tenancy import key, tenant

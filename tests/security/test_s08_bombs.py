@@ -16,10 +16,10 @@ from core.chat import Endpoint
 from core.errors import InvalidJson, InvalidRequest
 from core.ids import ModelName, RequestId
 from core.tenancy import Ceilings
-from gateway.api.ceilings import check_depth
-from gateway.api.requests import parse_body, read_call
 from gateway.app import data_app
+from gateway.ceilings import check_depth
 from gateway.connection import EXTENSION
+from gateway.requests import parse_body, read_call
 from routing.catalog import Catalog, Model
 from tests.fakes.admin import opened
 from tests.fakes.replay import Replay

@@ -8,8 +8,8 @@ import pytest
 
 from core.chat import Endpoint
 from core.ids import ModelName, new_request_id
-from gateway.api.requests import read_call
 from gateway.live import catalog_of
+from gateway.requests import read_call
 from gateway.revisions import CONFIG, effective, owner, validate, values
 from gateway.services import fairness_by_model, fairness_of
 from gateway.settings import FairnessSettings, Settings, SettingsError, declare, parse

@@ -22,8 +22,8 @@ from core.errors import (
 )
 from core.ids import new_request_id
 from core.records import LegRecord, RequestRecord
-from gateway.api.requests import read_call
 from gateway.metrics import Metrics, Vitals, WorkerVitals
+from gateway.requests import read_call
 from routing.catalog import Catalog, Model
 from tests.fakes.tenancy import principal
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from core.chat import Call, Endpoint, Timeouts
 from core.errors import InvalidJson, InvalidRequest, ModelNotAllowed, UnknownModel, UnsupportedParameter
 from core.ids import ModelName, RequestId
-from gateway.api.requests import parse_body, read_call, request_id_of
 from gateway.auth import Principal
+from gateway.requests import parse_body, read_call, request_id_of
 from routing.catalog import Catalog, Model
 from tests.fakes.tenancy import principal
 

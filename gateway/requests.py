@@ -12,8 +12,8 @@ from core.chat import CLASSES, Call, CallContext, Class, Endpoint, Timeouts
 from core.errors import InvalidJson, InvalidRequest, UnknownModel, UnsupportedParameter
 from core.ids import ModelName, RequestId
 from core.tenancy import Ceilings
-from gateway.api.ceilings import check_ceilings, check_depth, num_prompts
 from gateway.auth import Principal
+from gateway.ceilings import check_ceilings, check_depth, num_prompts
 from routing.catalog import Catalog, Model
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")

@@ -1,0 +1,312 @@
+"""Workflows on the data port: submit, look at, follow, set, cancel, resume. The wire is docs/reference/workflows.md."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from core.errors import InvalidJson, InvalidRequest, UnknownId
+from core.workflows import RunEvent, RunRecord, RunState
+from gateway.api.common import read_body
+from gateway.api.runs_shapes import frame_of, run_of, settles, summary_of, variable_of
+from gateway.auth import Principal
+from gateway.ceilings import check_depth
+from gateway.runs.history import History
+from gateway.runs.live import LiveRun
+from gateway.runs.work import check_schema
+from gateway.services import Services
+from semantic_vars import drawing
+from semantic_vars.calls import Call, Criteria, Given, Llm, Workflow
+from semantic_vars.graph import USUAL, Node, Reader
+from semantic_vars.values import Value
+from semantic_vars.variable import Outcome
+
+_DEPTH = 64
+_LONGEST_WAIT_S = 120.0
+_POLL_S = 0.5  # a run that another gateway has is read from the database
+_KEEP_ALIVE_S = 15.0
+_DRAWN: Mapping[str, tuple[Callable[[Sequence[Node], Mapping[str, str]], str | bytes], str]] = {
+    "json": (lambda nodes, states: msgspec.json.encode(drawing.as_json(nodes, states)), "application/json"),
+    "mermaid": (drawing.mermaid, "text/vnd.mermaid"),
+    "svg": (drawing.svg, "image/svg+xml"),
+}
+_INERT = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "x-content-type-options": "nosniff",
+}
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class _More(msgspec.Struct, forbid_unknown_fields=True):
+    calls: tuple[Call, ...] = ()
+    variables: dict[str, Given] = {}
+    outputs: tuple[str, ...] = ()
+
+
+class _Which(msgspec.Struct, forbid_unknown_fields=True):
+    calls: tuple[str, ...] = ()
+
+
+class _Edited(msgspec.Struct, forbid_unknown_fields=True):
+    workflow: Workflow | None = None
+
+
+class _Setting(msgspec.Struct, forbid_unknown_fields=True):
+    value: Value
+
+
+class _Workflows:
+    """The handlers. Each needs a tenant's key, and another tenant's ids are unknown to it."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._runs = services.runs
+
+    def _identify(self, request: Request) -> Principal:
+        return self._services.directory.keyring.identify(dict(request.scope["headers"]), self._services.clock.wall())
+
+    async def _body_of(self, request: Request, principal: Principal, kind: Any) -> Any:
+        limit = min(self._services.settings.server.max_body, principal.tenant_spec.ceilings.body)
+        raw = await read_body(request, limit)
+        check_depth(raw, _DEPTH)
+        try:
+            return msgspec.json.decode(raw or b"{}", type=kind)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(str(error)) from None
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise InvalidJson(f"the body is not valid JSON: {str(error)[:200]}") from None
+
+    async def submit(self, request: Request) -> Response:
+        """Submit a workflow: 202 once it is durable."""
+        principal = self._identify(request)
+        workflow: Workflow = await self._body_of(request, principal, Workflow)
+        _check_schemas(workflow.calls)
+        record = await self._runs.submit(
+            principal,
+            workflow,
+            end_user=request.headers.get("x-forebay-end-user"),
+            idempotency=request.headers.get("idempotency-key"),
+        )
+        return _json(run_of(record, History(workflow)), 202)
+
+    async def search(
+        self,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: str | None = None,
+        state: RunState | None = None,
+    ) -> Response:
+        """List the tenant's runs, newest first."""
+        principal = self._identify(request)
+        last = None
+        if after is not None:
+            found = await self._runs.find(principal, after)
+            record = found.record if isinstance(found, LiveRun) else found[0]
+            last = (record.created_at, record.id)
+        page = await self._runs.search(principal, state=state, after=last, limit=limit)
+        data = [summary_of(record) for record in page]
+        return _json({"object": "list", "data": data, "has_more": len(page) == limit})
+
+    async def show(self, run: str, request: Request) -> Response:
+        """Return a run's state, variables and usage."""
+        record, history = _seen(await self._runs.find(self._identify(request), run))
+        return _json(run_of(record, history))
+
+    async def append(self, run: str, request: Request) -> Response:
+        """Append calls and variables to a run."""
+        principal = self._identify(request)
+        more: _More = await self._body_of(request, principal, _More)
+        _check_schemas(more.calls)
+        live = await self._runs.ask(principal, run, lambda live: live.append(more.calls, more.variables, more.outputs))
+        await live.durable()
+        return _json(run_of(live.record, live.told), 202)
+
+    async def cancel(self, run: str, request: Request) -> Response:
+        """Cancel calls of a run, or all of it."""
+        principal = self._identify(request)
+        which: _Which = await self._body_of(request, principal, _Which)
+        found = await self._runs.find(principal, run)
+        if isinstance(found, LiveRun):
+            found.cancel(which.calls)
+            await found.durable()
+        record, history = _seen(found)
+        return _json(run_of(record, history))
+
+    async def resume(self, run: str, request: Request) -> Response:
+        """Run a workflow again, or an edited one, without the calls whose inputs are the same and that went well."""
+        principal = self._identify(request)
+        edited: _Edited = await self._body_of(request, principal, _Edited)
+        record, history = _seen(await self._runs.find(principal, run))
+        workflow = edited.workflow or history.whole()
+        _check_schemas(workflow.calls)
+        again = await self._runs.submit(
+            principal,
+            workflow,
+            end_user=record.end_user,
+            idempotency=request.headers.get("idempotency-key"),
+            facts=history.facts_of_successes(),
+        )
+        return _json(run_of(again, History(workflow)), 202)
+
+    async def graph(self, run: str, request: Request, format: str = "json") -> Response:
+        """Draw a run's graph."""
+        _, history = _seen(await self._runs.find(self._identify(request), run))
+        whole = history.whole()
+        nodes = Reader(USUAL).nodes(whole.calls, frozenset(whole.variables))
+        states = {path: state.value for path, state in history.calls.items()}
+        if (drawn := _DRAWN.get(format)) is None:
+            raise InvalidRequest(f"`format` has to be one of {', '.join(_DRAWN)}", param="format")
+        draw, media_type = drawn
+        return Response(await asyncio.to_thread(draw, nodes, states), headers=_INERT, media_type=media_type)
+
+    async def events(self, run: str, request: Request, after: int | None = None, variables: str = "") -> Response:
+        """Follow a run."""
+        found = await self._runs.find(self._identify(request), run)
+        last = after if after is not None else _last_id(request)
+        names = tuple(name for name in variables.split(",") if name)
+        return _stream(_follow(found, run, last, names, self._services))
+
+    async def stream(self, variable: str, request: Request, after: int | None = None) -> Response:
+        """Follow one variable."""
+        principal = self._identify(request)
+        run, name = _parts(variable)
+        found = await self._wanted(principal, run, name, "latency")
+        last = after if after is not None else _last_id(request)
+        return _stream(_follow(found, run, last, (name,), self._services, ends_with=name))
+
+    async def _wanted(
+        self, principal: Principal, run: str, name: str, criteria: Criteria
+    ) -> LiveRun | tuple[RunRecord, History]:
+        found = await self._runs.find(principal, run)
+        record, history = _seen(found)
+        if name not in history.names():
+            raise UnknownId(f"the run {run[:64]!r} has no variable {name[:64]!r}")
+        if history.outcome(name) is not None or (record.state == "running" and not isinstance(found, LiveRun)):
+            return found
+        return await self._runs.ask(principal, run, lambda live: live.want(name, criteria))
+
+    async def value(
+        self,
+        variable: str,
+        request: Request,
+        criteria: Criteria = "latency",
+        wait: Annotated[float, Query(ge=0, le=_LONGEST_WAIT_S)] = 0.0,
+    ) -> Response:
+        """Return a variable, which is wanted from now on; 202 while it has no value."""
+        principal = self._identify(request)
+        run, name = _parts(variable)
+        found = await self._wanted(principal, run, name, criteria)
+        outcome = _seen(found)[1].outcome(name)
+        if outcome is None and wait:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    outcome = await self._outcome(found, principal, run, name)
+        return _json(variable_of(run, name, outcome), 202 if outcome is None else 200)
+
+    async def _outcome(
+        self, found: LiveRun | tuple[RunRecord, History], principal: Principal, run: str, name: str
+    ) -> Outcome:
+        while True:
+            _, history = _seen(found)
+            if (outcome := history.outcome(name)) is not None:
+                return outcome
+            if isinstance(found, LiveRun) and not found.is_gone:
+                await found.following.changed()
+            else:
+                await asyncio.sleep(_POLL_S)
+                found = await self._runs.find(principal, run)
+
+    async def put(self, variable: str, request: Request) -> Response:
+        """Set an open variable, or what a tool of the client's came to."""
+        principal = self._identify(request)
+        run, name = _parts(variable)
+        setting: _Setting = await self._body_of(request, principal, _Setting)
+        live = await self._runs.ask(principal, run, lambda live: live.put(name, setting.value))
+        await live.durable()
+        return _json(variable_of(run, name, live.told.outcome(name)))
+
+
+def workflow_routes(services: Services) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter(tags=["workflows"])
+    handlers = _Workflows(services)
+    router.add_api_route("/v1/workflows", handlers.submit, methods=["POST"], status_code=202)
+    router.add_api_route("/v1/workflows", handlers.search, methods=["GET"])
+    router.add_api_route("/v1/workflows/{run}", handlers.show, methods=["GET"])
+    router.add_api_route("/v1/workflows/{run}/calls", handlers.append, methods=["POST"], status_code=202)
+    router.add_api_route("/v1/workflows/{run}/cancel", handlers.cancel, methods=["POST"])
+    router.add_api_route("/v1/workflows/{run}/resume", handlers.resume, methods=["POST"], status_code=202)
+    router.add_api_route("/v1/workflows/{run}/graph", handlers.graph, methods=["GET"])
+    router.add_api_route("/v1/workflows/{run}/events", handlers.events, methods=["GET"])
+    router.add_api_route("/v1/variables/{variable}", handlers.value, methods=["GET"])
+    router.add_api_route("/v1/variables/{variable}", handlers.put, methods=["PUT"])
+    router.add_api_route("/v1/variables/{variable}/stream", handlers.stream, methods=["GET"])
+    return router
+
+
+def _check_schemas(calls: tuple[Call, ...]) -> None:
+    for call in calls:
+        if isinstance(call, Llm) and call.schema is not None:
+            check_schema(call.schema)
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+def _stream(frames: AsyncIterator[bytes]) -> Response:
+    return StreamingResponse(frames, headers=_STREAM_HEADERS, media_type="text/event-stream")
+
+
+def _seen(found: LiveRun | tuple[RunRecord, History]) -> tuple[RunRecord, History]:
+    return (found.record, found.told) if isinstance(found, LiveRun) else found
+
+
+def _parts(variable: str) -> tuple[str, str]:
+    run, dot, name = variable.partition(".")
+    if not dot:
+        raise UnknownId(f"there is no variable {variable[:64]!r}; its id is that of the run, a dot, and its name")
+    return run, name
+
+
+def _last_id(request: Request) -> int:
+    given = request.headers.get("last-event-id", "0")
+    return int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
+
+
+async def _follow(
+    found: LiveRun | tuple[RunRecord, History],
+    run: str,
+    after: int,
+    names: tuple[str, ...],
+    services: Services,
+    *,
+    ends_with: str | None = None,
+) -> AsyncIterator[bytes]:
+    """Yield events as frames, with a comment now and then where nothing happens."""
+    source = services.runs.follow(found, after)
+    async with aclosing(source):
+        upcoming: asyncio.Task[RunEvent | bytes | None] | None = None
+        try:
+            while True:
+                upcoming = upcoming or asyncio.ensure_future(anext(source, None))
+                done, _ = await asyncio.wait((upcoming,), timeout=_KEEP_ALIVE_S)
+                if not done:
+                    yield b": keep-alive\n\n"
+                    continue
+                event, upcoming = upcoming.result(), None
+                if event is None:
+                    return
+                if (frame := frame_of(event, run, names)) is not None:
+                    yield frame
+                if ends_with is not None and settles(event, ends_with):
+                    return
+        finally:
+            if upcoming is not None:
+                upcoming.cancel()
+                with suppress(asyncio.CancelledError):
+                    await upcoming

@@ -1,0 +1,1 @@
+"""Workflows of calls to models as one dataflow graph (after Parrot, OSDI 2024): which call may run, with what text."""

@@ -1,0 +1,150 @@
+"""What happens to a run, and what it wants done: all frozen values, so that a log of events is a replay."""
+
+from typing import Literal
+
+import msgspec
+
+from semantic_vars.budget import Spent
+from semantic_vars.calls import Call, Cause, Criteria, Given, Server
+from semantic_vars.values import Value
+from semantic_vars.variable import Outcome, State
+
+
+class Append(msgspec.Struct, frozen=True, tag=True):
+    """More calls and variables. They may use what is there; what is there cannot use them."""
+
+    calls: tuple[Call, ...] = ()
+    variables: dict[str, Given] = {}
+    outputs: tuple[str, ...] = ()
+
+
+class Want(msgspec.Struct, frozen=True, tag=True):
+    """Somebody asks for a variable, by name."""
+
+    variable: str
+    criteria: Criteria = "latency"
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """A call that was started has its value."""
+
+    call: str
+    epoch: int
+    value: Value
+    spent: Spent = Spent()
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """A call that was started has failed, or was aborted. ``can_retry``: it may go better another time."""
+
+    call: str
+    epoch: int
+    cause: Cause
+    code: str
+    message: str
+    can_retry: bool = True
+    spent: Spent = Spent()
+
+
+class Put(msgspec.Struct, frozen=True, tag=True):
+    """Somebody sets a variable that is open, or that of a tool which the client runs."""
+
+    variable: str
+    value: Value
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Nobody wants these calls any more, nor what only they need; with none, the whole run."""
+
+    calls: tuple[str, ...] = ()
+
+
+class Tick(msgspec.Struct, frozen=True, tag=True):
+    """Time has passed; wanted by ``next_wakeup`` at the latest."""
+
+
+Event = Append | Want | Done | Failed | Put | Cancel | Tick
+
+
+class Request(msgspec.Struct, frozen=True, tag="request"):
+    """Work for a model: the body of a request with everything filled in, and the schema of its answer.
+
+    ``endpoint``: chat, completions or embeddings. ``segments``: the prompt, divided where variables begin and end.
+    """
+
+    endpoint: Literal["chat", "completions", "embeddings"]
+    body: dict[str, Value]
+    schema: dict[str, Value] | None
+    segments: tuple[str, ...]
+
+
+class Errand(msgspec.Struct, frozen=True, tag="errand"):
+    """Work for a tool. ``at_most_once``: it is not to be done again if it may have been done."""
+
+    server: Server
+    arguments: Value
+    at_most_once: bool = False
+
+
+Work = Request | Errand
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What a call is for: see ``objectives``. ``remaining_s``: from its start to the end of all that waits for it;
+    ``group``: the calls that end together, how many."""
+
+    criteria: Criteria = "latency"
+    level: int = 0
+    remaining_s: float = 0.0
+    group: str | None = None
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """Make a call, which sets ``variable``. It is answered by ``Done`` or ``Failed`` with the same ``epoch``, exactly
+    once; what a client's tool has come to is ``Put`` into the variable."""
+
+    call: str
+    variable: str
+    epoch: int
+    work: Work
+    standing: Standing
+    timeout_s: float | None
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Stop a call that was started; it still answers, and that counts for what it has spent alone."""
+
+    call: str
+    epoch: int
+
+
+class Resolved(msgspec.Struct, frozen=True, tag=True):
+    """A variable has its outcome, for good; ``call`` made it, if any did.
+
+    ``key``: what it was made of, of calls that cost something, and of a race in which ``order`` its bodies came: with
+    both in a ``Fact`` the same run comes to the same again.
+    """
+
+    variable: str
+    call: str | None
+    outcome: Outcome
+    key: str | None = None
+    order: tuple[int, ...] = ()
+
+
+class Retried(msgspec.Struct, frozen=True, tag=True):
+    """A call is made again: what it has said so far is void."""
+
+    call: str
+    attempt: int
+    code: str
+    message: str
+
+
+class Ended(msgspec.Struct, frozen=True, tag=True):
+    """All that was wanted has its outcome: ``done``, or the worst of them. More may be appended or wanted."""
+
+    state: State
+
+
+Effect = Start | Abort | Resolved | Retried | Ended

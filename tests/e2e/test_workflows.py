@@ -1,0 +1,265 @@
+"""Workflows over real HTTP, through a real gateway to the fake engine: submitted, followed, set, cancelled, and gone on
+with after the gateway was killed."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from tests.fakes.engine import FakeEngine
+from tests.fakes.gateway import GatewayProcess, attached
+from tests.fakes.postgres import Postgres
+
+OTHER_KEY = "fbk_of-another-tenant-altogether"
+KEYS = [{"name": "other", "tenant": "other", "key": OTHER_KEY}]
+
+
+def llm(name: str, text: str, **rest: Any) -> dict[str, Any]:
+    request = {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 6}
+    return {"kind": "llm", "id": name, "request": request, **rest}
+
+
+class Client:
+    """A tenant of a gateway."""
+
+    def __init__(self, gateway: GatewayProcess, key: str | None = None) -> None:
+        headers = {"authorization": f"Bearer {key or gateway.key}"}
+        self.http = httpx.AsyncClient(base_url=gateway.url, headers=headers, trust_env=False, timeout=30.0)
+
+    async def ask(self, method: str, path: str, body: Any = None, *, status: int = 200, **headers: str) -> Any:
+        """Return the answer's JSON, which has to have this status."""
+        answer = await self.http.request(method, path, json=body, headers=headers)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    async def submit(self, *calls: Any, status: int = 202, **rest: Any) -> Any:
+        """Submit a workflow."""
+        return await self.ask("POST", "/v1/workflows", {"calls": calls, **rest}, status=status)
+
+    async def value(self, run: str, name: str) -> Any:
+        """Wait for a variable, which has to get a value."""
+        told = await self.ask("GET", f"/v1/variables/{run}.{name}?wait=30")
+        assert told["state"] == "done", told
+        return told["value"]
+
+    async def events(self, path: str, after: int = 0) -> list[tuple[int | None, str, Any]]:
+        """Return all events of a stream until it ends: id, name and data."""
+        events = []
+        async with self.http.stream("GET", path, headers={"last-event-id": str(after)}) as answer:
+            assert answer.status_code == 200
+            number, name = None, ""
+            async for line in answer.aiter_lines():
+                field, _, value = line.partition(": ")
+                if field == "id":
+                    number = int(value)
+                elif field == "event":
+                    name = value
+                elif field == "data":
+                    events.append((number, name, json.loads(value)))
+                    number = None
+        return events
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def front(engine: FakeEngine) -> AsyncIterator[GatewayProcess]:
+    async with GatewayProcess({"fake": attached(engine.url)}, keys=KEYS) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(front: GatewayProcess) -> AsyncIterator[Client]:
+    made = Client(front)
+    yield made
+    await made.http.aclose()
+
+
+async def test_a_chain_is_one_request_and_its_end_is_another(client: Client) -> None:
+    run = await client.submit(llm("a", "Say one."), llm("b", "After {{a}}"), llm("c", "After {{b}}"))
+    assert run["state"] == "running"
+    value = await client.value(run["id"], "c")
+    assert value
+    plain = await client.ask(
+        "POST", "/v1/chat/completions", llm("", f"After {await client.value(run['id'], 'b')}")["request"]
+    )
+    assert value == plain["choices"][0]["message"]["content"], "as a client would have got it"
+    seen = await client.ask("GET", f"/v1/workflows/{run['id']}")
+    assert seen["state"] == "done"
+    assert seen["usage"]["tokens"] > 18
+
+
+async def test_a_map_and_what_comes_of_it(client: Client) -> None:
+    run = await client.submit(
+        llm("m", "{{index}}: {{item}}", foreach="{{chunks}}", max_parallel=3),
+        {"kind": "transform", "id": "n", "value": {"count": "{{m | length}}"}},
+        variables={"chunks": {"value": [f"chunk {number}" for number in range(20)]}},
+        outputs=["n", "m"],
+    )
+    assert await client.value(run["id"], "n") == {"count": 20}
+    assert len(await client.value(run["id"], "m")) == 20
+
+
+async def test_a_run_is_followed_from_its_beginning_and_from_any_event_on(client: Client) -> None:
+    run = await client.submit(llm("a", "Say one."), llm("b", "After {{a}}"))
+    events = await client.events(f"/v1/workflows/{run['id']}/events")
+    kept = [(number, name) for number, name, _ in events if number is not None]
+    assert kept == [(1, "run.started"), (2, "variable.done"), (3, "variable.done"), (4, "run.done")]
+    again = await client.events(f"/v1/workflows/{run['id']}/events", after=2)
+    assert [number for number, _, _ in again] == [3, 4]
+    said = [data for _, name, data in events if name == "variable.delta" and data["variable"] == "b"]
+    whole = next(data["value"] for _, name, data in events if name == "variable.done" and data["variable"] == "b")
+    assert "".join(one["text"] for one in said) in whole
+
+
+async def test_an_open_variable_holds_a_run_up_until_it_is_set(client: Client) -> None:
+    run = await client.submit(llm("a", "{{approval}}"), variables={"approval": {"open": True}})
+    pending = await client.ask("GET", f"/v1/variables/{run['id']}.a?wait=0.05", status=202)
+    assert pending["state"] == "pending"
+    await client.ask("PUT", f"/v1/variables/{run['id']}.approval", {"value": "yes"})
+    assert await client.value(run["id"], "a")
+    twice = await client.ask("PUT", f"/v1/variables/{run['id']}.approval", {"value": "no"}, status=409)
+    assert "approval" in twice["error"]["message"]
+
+
+async def test_a_tool_of_the_clients_is_told_and_answered(client: Client) -> None:
+    tool = {"kind": "tool", "id": "t", "server": {"type": "client", "tool": "tests"}, "arguments": {"of": "{{a}}"}}
+    run = await client.submit(llm("a", "Say one."), tool, llm("b", "{{t | json('$.passed')}}"))
+    events = asyncio.create_task(client.events(f"/v1/workflows/{run['id']}/events"))
+    await client.value(run["id"], "a")
+    for _ in range(500):
+        if waiting := (await client.ask("GET", f"/v1/workflows/{run['id']}"))["waiting"]:
+            break
+        await asyncio.sleep(0.01)
+    assert (waiting[0]["tool"], waiting[0]["variable"]) == ("tests", "t")
+    await client.ask("PUT", f"/v1/variables/{run['id']}.t", {"value": {"passed": True}})
+    assert await client.value(run["id"], "b")
+    assert "call.waiting" in [name for _, name, _ in await events]
+
+
+async def test_calls_are_appended_also_to_a_run_that_has_ended(client: Client) -> None:
+    run = await client.submit(llm("a", "Say one."))
+    await client.value(run["id"], "a")
+    more = {"calls": [llm("b", "After {{a}}")]}
+    await client.ask("POST", f"/v1/workflows/{run['id']}/calls", more, status=202)
+    assert await client.value(run["id"], "b")
+    wrong = {"calls": [llm("c", "After {{nothing}}")]}
+    refused = await client.ask("POST", f"/v1/workflows/{run['id']}/calls", wrong, status=400)
+    assert "'nothing'" in refused["error"]["message"]
+    seen = await client.ask("GET", f"/v1/workflows/{run['id']}")
+    assert (seen["state"], set(seen["variables"])) == ("done", {"a", "b"})
+
+
+async def test_a_cancelled_run_leaves_no_call_at_the_engine(client: Client, engine: FakeEngine) -> None:
+    await engine.faults(trickle_ms=50, contains="Say much.")
+    run = await client.submit(llm("a", "Say much. " * 9), llm("b", "After {{a}}"))
+    await engine.until(running=1)
+    seen = await client.ask("POST", f"/v1/workflows/{run['id']}/cancel", {})
+    assert seen["state"] == "cancelled"
+    assert (await client.ask("GET", f"/v1/variables/{run['id']}.b?wait=5"))["state"] == "cancelled"
+    await engine.until(running=0)
+    await engine.faults()
+
+
+async def test_an_edited_run_makes_only_what_has_changed(client: Client) -> None:
+    calls = [llm("a", "Say one."), llm("b", "Say two."), llm("c", "{{a}} {{b}}")]
+    run = await client.submit(*calls)
+    first = await client.value(run["id"], "a")
+    await client.value(run["id"], "c")
+    edited = {"workflow": {"calls": [calls[0], llm("b", "Say three."), calls[2]]}}
+    again = await client.ask("POST", f"/v1/workflows/{run['id']}/resume", edited, status=202)
+    await client.value(again["id"], "c")
+    assert await client.value(again["id"], "a") == first
+    events = await client.events(f"/v1/workflows/{again['id']}/events")
+    usage = next(data["usage"]["tokens"] for _, name, data in events if name == "run.done")
+    before = (await client.ask("GET", f"/v1/workflows/{run['id']}"))["usage"]["tokens"]
+    assert 0 < usage < before
+
+
+async def test_the_same_submission_twice_is_one_run(client: Client) -> None:
+    body = {"calls": [llm("a", "Say one.")]}
+    headers = {"idempotency-key": "just once"}
+    first = await client.ask("POST", "/v1/workflows", body, status=202, **headers)
+    assert (await client.ask("POST", "/v1/workflows", body, status=202, **headers))["id"] == first["id"]
+    other = {"calls": [llm("a", "Say two.")]}
+    await client.ask("POST", "/v1/workflows", other, status=409, **headers)
+
+
+async def test_no_id_of_one_tenant_means_anything_to_another(client: Client, front: GatewayProcess) -> None:
+    run = await client.submit(llm("a", "Say one."), variables={"o": {"open": True}})
+    await client.value(run["id"], "a")
+    stranger = Client(front, OTHER_KEY)
+    unknown = "run_" + "0" * 32
+    for method, path, body in (
+        ("GET", "/v1/workflows/{run}", None),
+        ("POST", "/v1/workflows/{run}/calls", {"calls": []}),
+        ("GET", "/v1/workflows/{run}/events", None),
+        ("GET", "/v1/workflows/{run}/graph", None),
+        ("POST", "/v1/workflows/{run}/cancel", {}),
+        ("POST", "/v1/workflows/{run}/resume", {}),
+        ("GET", "/v1/variables/{run}.a", None),
+        ("PUT", "/v1/variables/{run}.o", {"value": 1}),
+        ("GET", "/v1/variables/{run}.a/stream", None),
+    ):
+        told = [
+            await stranger.ask(method, path.replace("{run}", one), body, status=404) for one in (run["id"], unknown)
+        ]
+        assert told[0]["error"]["message"].replace(run["id"], unknown) == told[1]["error"]["message"]
+    assert (await stranger.ask("GET", "/v1/workflows"))["data"] == []
+    await stranger.http.aclose()
+
+
+async def test_what_an_engine_refuses_is_an_error_that_names_the_call(client: Client) -> None:
+    wrong = llm("a", "Say one.")
+    wrong["request"]["model"] = "nothing"
+    run = await client.submit(wrong, llm("b", "{{a}}"))
+    told = await client.ask("GET", f"/v1/variables/{run['id']}.b?wait=10")
+    assert told["state"] == "failed"
+    assert (told["error"]["code"], told["error"]["call"]) == ("upstream_failed", "a")
+    assert "'nothing' does not exist" in told["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with Postgres() as running:
+        yield running
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_a_killed_gateway_goes_on_with_its_runs_and_makes_no_committed_call_again(
+    engine: FakeEngine, tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    url = request.getfixturevalue("postgres").new_database() if kind == "postgresql" else None
+    database = {"url": url} if url is not None else {}
+    models = {"fake": attached(engine.url)}
+    calls = [llm("m", "{{index}}", foreach="{{n}}", max_parallel=2), llm("r", "{{m | join(' ')}}")]
+    await engine.reset()
+    await engine.faults(trickle_ms=20)
+    async with GatewayProcess(models, directory=tmp_path, database=database) as gateway:
+        client = Client(gateway)
+        run = await client.submit(*calls, variables={"n": {"value": list(range(12))}})
+        committed: set[str] = set()
+        async with client.http.stream("GET", f"/v1/workflows/{run['id']}/events") as events:
+            async for line in events.aiter_lines():
+                if line.startswith('data: {"variable":"m[') and '"value"' in line:
+                    committed.add(json.loads(line[6:])["variable"])
+                if len(committed) == 4:
+                    break
+        gateway.kill()
+        await gateway.wait()
+        await client.http.aclose()
+    await engine.faults()
+    async with GatewayProcess(models, directory=tmp_path, database=database) as again:
+        client = Client(again)
+        assert await client.value(run["id"], "r")
+        assert len(await client.value(run["id"], "m")) == 12
+        told = await client.events(f"/v1/workflows/{run['id']}/events")
+        settled = [data["variable"] for _, name, data in told if name.startswith("variable.") and "usage" in data]
+        assert len(settled) == len({*settled}) == 14, "no variable is set twice"
+        assert [number for number, _, _ in told if number] == list(range(1, len(settled) + 3))
+        made = (await engine.stats())["finished"] + (await engine.stats())["aborted"]
+        assert made <= 13 + 2, "only what was under way is made again"
+        await client.http.aclose()
