@@ -47,10 +47,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Put(msgspec.Struct, frozen=True, tag=True):
-    """Somebody sets a variable that is open, or that of a tool which the client runs."""
+    """Somebody sets a variable that is open, or that of a tool which the client runs; or says in ``failure`` why it
+    will have no value."""
 
     variable: str
-    value: Value
+    value: Value = None
+    failure: str | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

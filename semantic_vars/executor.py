@@ -97,6 +97,7 @@ class Executor:
         self._scope = Scope()
         self._live: dict[str, Instance] = {}
         self._unset: set[str] = set()
+        self._clients: dict[str, Instance] = {}
         self._criteria: dict[str, calls.Criteria] = {}
         self._ready: deque[Instance] = deque()
         self._num_running = 0
@@ -132,16 +133,19 @@ class Executor:
         match event:
             case Append():
                 self._append(event)
+                self._has_ended = False  # what was asked for is answered, also where nothing is left to be done
             case Want(variable=name, criteria=criteria):
                 self._want(name, criteria)
+                self._has_ended = False
             case Done():
                 self._done(event)
             case Failed():
                 self._failed(event)
-            case Put(variable=name, value=value):
-                self._put(name, value)
+            case Put():
+                self._put(event)
             case Cancel(calls=paths):
                 self._cancel(paths)
+                self._has_ended = False
             case Tick():
                 pass
         return self._carry_on()
@@ -380,6 +384,8 @@ class Executor:
         instance.epoch += 1
         instance.attempts += 1
         self._num_running += 1
+        if isinstance(instance.work, Errand) and isinstance(instance.work.server, calls.Client):
+            self._clients[instance.output.path] = instance
         timeout_s = instance.node.call.timeout_s
         standing = self._standing(instance)
         start = Start(instance.path, instance.output.path, instance.epoch, instance.work, standing, timeout_s)
@@ -389,6 +395,7 @@ class Executor:
         """Book what a start has come to; return its instance unless that has gone on without it."""
         instance = self._live.get(path)
         if instance is not None and instance.phase is Phase.RUNNING and instance.epoch == epoch:
+            self._clients.pop(instance.output.path, None)
             self._pool.settle(instance.reserved, spent)
             self._num_running -= 1
             return instance
@@ -417,11 +424,13 @@ class Executor:
             instance.phase = Phase.READY
             self._ready.append(instance)
 
-    def _put(self, name: str, value: Value) -> None:
-        own = self._scope.variables.get(name)
-        instance = own.producer if own is not None else self._live.get(name)  # within bodies and maps both are alike
-        if instance is not None and instance.phase is Phase.RUNNING and _is_clients(instance.work):
-            self._done(Done(instance.path, instance.epoch, value))
+    def _put(self, put: Put) -> None:
+        name, value = put.variable, put.value
+        if (instance := self._clients.get(name)) is not None:
+            if put.failure is None:
+                self._done(Done(instance.path, instance.epoch, value))
+            else:
+                self._failed(Failed(instance.path, instance.epoch, "tool", "tool_failed", put.failure))
             return
         variable = self._variable(name)
         if name not in self._unset:
@@ -429,7 +438,8 @@ class Executor:
         if (size := size_of(value)) > self._bounds.value:
             raise InvalidRequest(f"the value of {name!r} has {size} bytes; at most {self._bounds.value} are allowed")
         self._unset.discard(name)
-        self._resolve(variable, done(value))
+        failure = Failure("set", put.failure, name) if put.failure is not None else None
+        self._resolve(variable, Outcome(State.FAILED, failure=failure) if failure is not None else done(value))
 
     def _fail(self, instance: Instance, code: str, message: str) -> None:
         self._end(instance, Outcome(State.FAILED, failure=Failure(code, message, instance.path)))
@@ -489,6 +499,7 @@ class Executor:
 
     def _stop(self, instance: Instance, outcome: Outcome) -> None:
         if instance.phase is Phase.RUNNING:
+            self._clients.pop(instance.output.path, None)
             self._effects.append(Abort(instance.path, instance.epoch))
             self._leaving[instance.path, instance.epoch] = instance.reserved
             self._num_running -= 1
@@ -668,10 +679,6 @@ def _make_texts(shape: Value, said: Value) -> None:
     for of_message, message in zip(shape.get("messages") or (), said.get("messages") or (), strict=True):
         if isinstance(of_message, dict):
             _make_texts(of_message, message)
-
-
-def _is_clients(work: Work) -> bool:
-    return isinstance(work, Errand) and isinstance(work.server, calls.Client)
 
 
 def key_of(work: Work) -> str:

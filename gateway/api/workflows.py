@@ -15,12 +15,13 @@ from gateway.api.common import read_body
 from gateway.api.runs_shapes import frame_of, run_of, settles, summary_of, variable_of
 from gateway.auth import Principal
 from gateway.ceilings import check_depth
-from gateway.runs.history import History
+from gateway.runs.history import Appended, History
 from gateway.runs.live import LiveRun
 from gateway.runs.work import check_schema
 from gateway.services import Services
 from semantic_vars import drawing
 from semantic_vars.calls import Call, Criteria, Given, Llm, Workflow
+from semantic_vars.events import Put
 from semantic_vars.graph import USUAL, Node, Reader
 from semantic_vars.values import Value
 from semantic_vars.variable import Outcome
@@ -56,7 +57,8 @@ class _Edited(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Setting(msgspec.Struct, forbid_unknown_fields=True):
-    value: Value
+    value: Value = None
+    error: str | None = None
 
 
 class _Workflows:
@@ -121,7 +123,9 @@ class _Workflows:
         principal = self._identify(request)
         more: _More = await self._body_of(request, principal, _More)
         _check_schemas(more.calls)
-        live = await self._runs.ask(principal, run, lambda live: live.append(more.calls, more.variables, more.outputs))
+        key = request.headers.get("idempotency-key")
+        appended = Appended(more.calls, more.variables, more.outputs, key)
+        live = await self._runs.ask(principal, run, lambda live: live.append(appended))
         await live.durable()
         return _json(run_of(live.record, live.told), 202)
 
@@ -225,7 +229,7 @@ class _Workflows:
         principal = self._identify(request)
         run, name = _parts(variable)
         setting: _Setting = await self._body_of(request, principal, _Setting)
-        live = await self._runs.ask(principal, run, lambda live: live.put(name, setting.value))
+        live = await self._runs.ask(principal, run, lambda live: live.put(Put(name, setting.value, setting.error)))
         await live.durable()
         return _json(variable_of(run, name, live.told.outcome(name)))
 
@@ -242,9 +246,9 @@ def workflow_routes(services: Services) -> APIRouter:
     router.add_api_route("/v1/workflows/{run}/resume", handlers.resume, methods=["POST"], status_code=202)
     router.add_api_route("/v1/workflows/{run}/graph", handlers.graph, methods=["GET"])
     router.add_api_route("/v1/workflows/{run}/events", handlers.events, methods=["GET"])
-    router.add_api_route("/v1/variables/{variable}", handlers.value, methods=["GET"])
-    router.add_api_route("/v1/variables/{variable}", handlers.put, methods=["PUT"])
-    router.add_api_route("/v1/variables/{variable}/stream", handlers.stream, methods=["GET"])
+    router.add_api_route("/v1/variables/{variable:path}/stream", handlers.stream, methods=["GET"])
+    router.add_api_route("/v1/variables/{variable:path}", handlers.value, methods=["GET"])
+    router.add_api_route("/v1/variables/{variable:path}", handlers.put, methods=["PUT"])
     return router
 
 

@@ -69,12 +69,12 @@ class Following:
         self._listeners.append(sayings)
         try:
             while True:
+                while sayings:  # before what is kept: the pieces of a text come before the whole
+                    yield sayings.popleft()
                 while after < self._last:
                     for event in await self._behind(after):
                         after = event.number
                         yield event
-                while sayings:
-                    yield sayings.popleft()
                 if after >= self._last and not sayings:
                     if self._is_over:
                         return

@@ -21,11 +21,12 @@ class Began(msgspec.Struct, frozen=True, tag="run.started"):
 
 
 class Appended(msgspec.Struct, frozen=True, tag="run.appended"):
-    """Calls and variables were added."""
+    """Calls and variables were added; ``idempotency`` is the caller's own key of that."""
 
     calls: tuple[Call, ...] = ()
     variables: dict[str, Given] = {}
     outputs: tuple[str, ...] = ()
+    idempotency: str | None = None
 
 
 class Wanted(msgspec.Struct, frozen=True, tag="run.wanted"):

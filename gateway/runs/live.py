@@ -23,7 +23,7 @@ from gateway.runs.history import (
 )  # fmt: skip
 from gateway.runs.log import RunLog
 from gateway.runs.work import Worker
-from semantic_vars.calls import Call, Client, Criteria, Given
+from semantic_vars.calls import Client, Criteria
 from semantic_vars.events import (
     Abort,
     Append,
@@ -42,7 +42,6 @@ from semantic_vars.events import (
 from semantic_vars.events import Retried as AgainEffect
 from semantic_vars.executor import Executor, Fact, key_of
 from semantic_vars.graph import Bounds
-from semantic_vars.values import Value
 
 
 class Saying(msgspec.Struct, frozen=True, tag_field="event", tag="variable.delta"):
@@ -95,6 +94,7 @@ class LiveRun:
         self._unwritten: list[RunEvent] = []
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._alarms: list[asyncio.TimerHandle] = []
         self.is_gone = False
         self._executor = Executor(
             history.workflow, worker, bounds=bounds, facts={**facts, **history.facts_to_go_on()}, spent=history.spent
@@ -130,9 +130,11 @@ class LiveRun:
 
     # What is asked of it; all of these raise what ``Executor.on`` raises
 
-    def append(self, calls: tuple[Call, ...], variables: dict[str, Given], outputs: tuple[str, ...]) -> None:
-        """Add calls and variables."""
-        self._ask(Append(calls, variables, outputs), Appended(calls, variables, outputs))
+    def append(self, more: Appended) -> None:
+        """Add calls and variables, unless that was done under the same key."""
+        known = {one.idempotency for one in self._history.asked if isinstance(one, Appended)}
+        if more.idempotency is None or more.idempotency not in known:
+            self._ask(Append(more.calls, more.variables, more.outputs), more)
 
     def want(self, variable: str, criteria: Criteria) -> None:
         """Ask for a variable, unless it is wanted so already."""
@@ -143,9 +145,9 @@ class LiveRun:
         """Give calls up, or with none the run."""
         self._ask(Cancel(calls), Stopped(calls))
 
-    def put(self, variable: str, value: Value) -> None:
+    def put(self, put: Put) -> None:
         """Set a variable from outside."""
-        self._carry_out(self._executor.on(Put(variable, value), self._clock.monotonic()))
+        self._carry_out(self._executor.on(put, self._clock.monotonic()))
 
     def _ask(self, event: Event, happening: Happening) -> None:
         effects = self._executor.on(event, self._clock.monotonic())
@@ -186,6 +188,10 @@ class LiveRun:
         if isinstance(work, Errand) and isinstance(work.server, Client):
             if start.variable not in self._history.waiting:
                 self._note(Waiting(start.call, start.variable, work.server.tool, work.arguments))
+            if start.timeout_s is not None:
+                told = f"the client has not answered within {start.timeout_s:g} s"
+                late = Failed(start.call, start.epoch, "timeout", "timeout", told)
+                self._alarms.append(asyncio.get_running_loop().call_later(start.timeout_s, self._feed, late))
             return
         self._say(Beginning(start.call, start.epoch, start.standing.criteria, start.standing.group))
         task = asyncio.get_running_loop().create_task(self._do(start))
@@ -255,8 +261,8 @@ class LiveRun:
     def leave(self) -> None:
         """Stop all work where it is; whoever goes on with the run makes again what was under way."""
         self.is_gone = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (*self._alarms, *([self._timer] if self._timer is not None else ())):
+            timer.cancel()
         for task in list(self._tasks.values()):
             task.cancel()
         self.following.end()

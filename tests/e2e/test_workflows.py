@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -140,11 +141,29 @@ async def test_a_tool_of_the_clients_is_told_and_answered(client: Client) -> Non
     assert "call.waiting" in [name for _, name, _ in await events]
 
 
+async def test_a_tool_of_the_clients_within_a_body_is_answered_by_its_path(client: Client) -> None:
+    tool = {"kind": "tool", "id": "t", "server": {"type": "client", "tool": "tests"}, "arguments": "{{x}}"}
+    body = {"calls": [tool], "result": "{{t}}"}
+    loop = {"kind": "workflow", "id": "w", "foreach": ["p", "q"], "inputs": {"x": "{{item}}"}, "body": body}
+    run = await client.submit(loop)
+    for _ in range(500):
+        waiting = (await client.ask("GET", f"/v1/workflows/{run['id']}"))["waiting"]
+        if len(waiting) == 2:
+            break
+        await asyncio.sleep(0.01)
+    for one in waiting:
+        path = quote(f"{run['id']}.{one['variable']}", safe="")
+        await client.ask("PUT", f"/v1/variables/{path}", {"value": one["arguments"] * 2})
+    assert await client.value(run["id"], "w") == ["pp", "qq"]
+
+
 async def test_calls_are_appended_also_to_a_run_that_has_ended(client: Client) -> None:
     run = await client.submit(llm("a", "Say one."))
     await client.value(run["id"], "a")
     more = {"calls": [llm("b", "After {{a}}")]}
-    await client.ask("POST", f"/v1/workflows/{run['id']}/calls", more, status=202)
+    for _ in range(2):
+        path = f"/v1/workflows/{run['id']}/calls"
+        await client.ask("POST", path, more, status=202, **{"idempotency-key": "once"})
     assert await client.value(run["id"], "b")
     wrong = {"calls": [llm("c", "After {{nothing}}")]}
     refused = await client.ask("POST", f"/v1/workflows/{run['id']}/calls", wrong, status=400)

@@ -1,18 +1,27 @@
-"""A thin typed client for a Forebay gateway: ``forebay.AsyncClient`` and ``forebay.Client``, and for its
-operators ``forebay.Admin`` and ``forebay.AsyncAdmin``, whose types stand in ``forebay.admin``."""
+"""A typed client for a Forebay gateway: ``forebay.AsyncClient`` and ``forebay.Client``.
 
-from forebay import admin
+Workflows are written with ``llm``, ``tool``, ``embed`` and ``join`` in the block of a client's ``run()``; what happens
+to one stands in ``forebay.events``. For operators there are ``forebay.Admin`` and ``forebay.AsyncAdmin``, whose types
+stand in ``forebay.admin``.
+"""
+
+from forebay import admin, events, workflows
 from forebay._client import AsyncChatStream, AsyncClient, ChatStream, Client
 from forebay._errors import (
     APIStatusError,
     AuthenticationError,
     BadRequest,
+    CallCancelled,
+    CallFailed,
+    CallSkipped,
     ClientTimeout,
     Conflict,
     ConnectionFailed,
     ForebayError,
+    GraphError,
     MalformedAnswer,
     NotFound,
+    NoValue,
     PermissionDenied,
     PreconditionFailed,
     RateLimited,
@@ -20,6 +29,7 @@ from forebay._errors import (
     StreamBroken,
     TimedOut,
     Unavailable,
+    WorkflowError,
 )
 from forebay._types import (
     ChatChunk,
@@ -36,6 +46,21 @@ from forebay._types import (
     Usage,
 )
 from forebay.admin import Admin, AsyncAdmin
+from forebay.workflows import (
+    AsyncRun,
+    Budget,
+    Input,
+    Piece,
+    Retry,
+    Run,
+    RunStatus,
+    Var,
+    embed,
+    join,
+    llm,
+    prompt,
+    tool,
+)
 
 __all__ = [
     "APIStatusError",
@@ -43,8 +68,13 @@ __all__ = [
     "AsyncAdmin",
     "AsyncChatStream",
     "AsyncClient",
+    "AsyncRun",
     "AuthenticationError",
     "BadRequest",
+    "Budget",
+    "CallCancelled",
+    "CallFailed",
+    "CallSkipped",
     "ChatChunk",
     "ChatCompletion",
     "ChatStream",
@@ -58,19 +88,35 @@ __all__ = [
     "ForebayError",
     "ForebayOptions",
     "ForebayTimeouts",
+    "GraphError",
+    "Input",
     "MalformedAnswer",
     "Message",
     "Model",
     "ModelList",
+    "NoValue",
     "NotFound",
     "PermissionDenied",
+    "Piece",
     "PreconditionFailed",
     "RateLimited",
     "ResponseMetadata",
+    "Retry",
+    "Run",
+    "RunStatus",
     "ServerError",
     "StreamBroken",
     "TimedOut",
     "Unavailable",
     "Usage",
+    "Var",
+    "WorkflowError",
     "admin",
+    "embed",
+    "events",
+    "join",
+    "llm",
+    "prompt",
+    "tool",
+    "workflows",
 ]

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +19,10 @@ from forebay._types import (
     ModelList,
     ResponseMetadata,
 )
+from forebay.workflows._options import Budget, RunOptions
+from forebay.workflows._run import AsyncRun
+from forebay.workflows._sync import Background, Run
+from forebay.workflows._var import Criteria
 
 _Send = Callable[[_wire.Call], httpx.Response]
 _AsyncSend = Callable[[_wire.Call], Awaitable[httpx.Response]]
@@ -52,6 +57,25 @@ class AsyncClient:
         self.chat = AsyncChat(self._send)
         self.health = AsyncHealth(self._http)
 
+    def run(
+        self,
+        *,
+        app: str | None = None,
+        objective: Criteria = "latency",
+        deadline: float | None = None,
+        budget: Budget | None = None,
+        resume: str | None = None,
+        progress: bool = False,
+    ) -> AsyncRun:
+        """Return a run of a workflow, whose calls are made in its block: ``async with client.run() as run:``.
+
+        ``objective`` is what its outputs are wanted for; ``deadline`` the seconds that it may take. ``resume``: the id
+        of an earlier run of the same program, or of one that has been edited since; what is sent first makes only those
+        calls whose inputs have changed. ``progress`` writes a line about it to stderr.
+        """
+        options = RunOptions(app, objective, deadline, budget, resume, progress)
+        return AsyncRun(self._send, self._max_retries, options)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -66,9 +90,16 @@ class AsyncClient:
 
     async def _send(self, call: _wire.Call) -> httpx.Response:
         """Return the first successful answer, its body unread."""
-        attempts = _wire.Attempts(self._max_retries)
+        attempts = _wire.Attempts(self._max_retries, is_repeatable=call.is_repeatable)
         while True:
-            request = self._http.build_request(call.method, call.path, json=call.body)
+            request = self._http.build_request(
+                call.method,
+                call.path,
+                json=call.body,
+                params=call.params,
+                headers=call.headers,
+                timeout=call.timeout(self._http.timeout),
+            )
             try:
                 response = await self._http.send(request, stream=True)
                 if response.is_success:
@@ -215,6 +246,25 @@ class Client:
         self.models = Models(self._send)
         self.chat = Chat(self._send)
         self.health = Health(self._http)
+        self._background = Background(
+            partial(AsyncClient, base_url, api_key=api_key, timeout=timeout, max_retries=max_retries), transport
+        )
+
+    def run(
+        self,
+        *,
+        app: str | None = None,
+        objective: Criteria = "latency",
+        deadline: float | None = None,
+        budget: Budget | None = None,
+        resume: str | None = None,
+        progress: bool = False,
+    ) -> Run:
+        """Return a run of a workflow, as ``AsyncClient.run`` does, for a ``with`` block.
+
+        Its values are ``var.result()`` and ``for piece in var``. It speaks to the gateway from a thread of its own.
+        """
+        return Run(self._background, RunOptions(app, objective, deadline, budget, resume, progress))
 
     def __enter__(self) -> Self:
         return self
@@ -226,6 +276,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections; streams that are still open end."""
+        self._background.close()
         self._http.close()
 
     def _send(self, call: _wire.Call) -> httpx.Response:

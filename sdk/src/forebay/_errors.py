@@ -21,7 +21,13 @@ class ForebayError(Exception):
         ├── ConnectionFailed        no answer came
         │   └── ClientTimeout       ... within the client's own `timeout`
         ├── StreamBroken            a stream began and did not end well; what was yielded until then is right
-        └── MalformedAnswer         an answer came that is not what this client knows
+        ├── MalformedAnswer         an answer came that is not what this client knows
+        └── WorkflowError           a workflow cannot be, or has no value
+            ├── GraphError          what was written down is no graph; nothing of it has been sent
+            └── NoValue             a variable will never have a value
+                ├── CallFailed      a call failed: the variable's own, or one that it needs
+                ├── CallSkipped     nothing was made: a branch not taken, or left out after a failure
+                └── CallCancelled   nobody wanted it any more
     """
 
 
@@ -126,3 +132,46 @@ class StreamBroken(ForebayError):
 
 class MalformedAnswer(ForebayError):
     """A successful answer that cannot be read; most likely the address is not a Forebay gateway's."""
+
+
+class WorkflowError(ForebayError):
+    """A workflow cannot be what was asked for."""
+
+
+class GraphError(WorkflowError):
+    """What the program wrote down is no graph. Nothing of it has been sent."""
+
+
+class NoValue(WorkflowError):
+    """The variable ``variable`` of the run ``run`` will never have a value.
+
+    ``call``: the path of the call where it began, as ``part[3]``; ``code`` is stable: ``upstream_failed``,
+    ``transform``, ``schema``, ``budget_exhausted``, ``deadline``, ``tool_failed``, or that of the engine's answer.
+    """
+
+    def __init__(
+        self, message: str, *, run: str, variable: str, call: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.run = run
+        self.variable = variable
+        self.call = call
+        self.code = code
+
+    def __str__(self) -> str:
+        began = f", began in call {self.call!r}" if self.call else ""
+        code = f", code {self.code}" if self.code else ""
+        return f"{self.message} (variable {self.variable!r}{began}{code}, run {self.run})"
+
+
+class CallFailed(NoValue):
+    """A call failed. Where a tool of this process raised, that is the ``__cause__``."""
+
+
+class CallSkipped(NoValue):
+    """The call was not made, as the graph says: a branch that was not taken, or ``on_error="skip"``."""
+
+
+class CallCancelled(NoValue):
+    """The call was cancelled, or the run."""

@@ -63,11 +63,24 @@ _BY_STATUS: Mapping[int, type[APIStatusError]] = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: where it goes and what it says."""
+    """One request: where it goes and what it says.
+
+    ``is_repeatable``: sent twice it is as good as sent once. So it is tried again also where it may have arrived, and a
+    conflict is an answer. ``silence``: the seconds in which no byte may come of an answer that is on its way.
+    """
 
     method: str
     path: str
     body: dict[str, Any] | None = None
+    params: Mapping[str, str | int] | None = None
+    headers: Mapping[str, str] | None = None
+    is_repeatable: bool = False
+    silence: float = 0.0
+
+    def timeout(self, usual: httpx.Timeout) -> httpx.Timeout:
+        """Return the timeout of this request, of a client's usual one."""
+        read = None if usual.read is None else max(usual.read, self.silence)
+        return httpx.Timeout(connect=usual.connect, read=read, write=usual.write, pool=usual.pool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,21 +234,30 @@ def connection_error(error: httpx.TransportError) -> ConnectionFailed:
 class Attempts:
     """Counts the tries of one request and says how long to wait before the next, or raises what ended them."""
 
-    def __init__(self, max_retries: int) -> None:
+    def __init__(self, max_retries: int, *, is_repeatable: bool = False) -> None:
         self._left = max_retries
+        self._is_repeatable = is_repeatable
         self._delay_s = _FIRST_DELAY_S
 
     def after_error(self, error: httpx.TransportError) -> float:
         """Return the seconds to wait after a try without an answer; raises ``ConnectionFailed``."""
         # After a read timeout the request may still be running: repeating it would run it twice.
-        if self._left <= 0 or isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout, httpx.UnsupportedProtocol)):
+        may_run = isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)) and not self._is_repeatable
+        if self._left <= 0 or may_run or isinstance(error, httpx.UnsupportedProtocol):
             raise connection_error(error) from error
+        return self._spend()
+
+    def after_end(self) -> float:
+        """Return the seconds to wait after a stream that ended before its end; raises ``StreamBroken``."""
+        if self._left <= 0:
+            raise StreamBroken("the stream ended before its end", code="stream_truncated")
         return self._spend()
 
     def after_status(self, response: httpx.Response) -> float:
         """Return the seconds to wait after an error status; raises the ``APIStatusError`` if it is final."""
         error = status_error(response)
-        if self._left <= 0 or not _is_worth_retrying(response):
+        is_answer = self._is_repeatable and response.status_code == 409
+        if self._left <= 0 or is_answer or not _is_worth_retrying(response):
             raise error
         if error.retry_after is None:
             return self._spend()

@@ -278,6 +278,37 @@ def test_a_tool_that_the_client_runs_is_answered_by_setting_its_output() -> None
     assert run.value("tested") == {"passed": True}
 
 
+def test_a_tool_of_the_clients_may_fail_and_be_tried_again_wherever_it_stands() -> None:
+    tool = {"kind": "tool", "id": "t", "output": "o", "server": {"type": "client", "tool": "x"}, "retry": {"max": 1}}
+    body = {"calls": [tool], "result": "{{o}}"}
+    run = Run(workflow({"kind": "workflow", "id": "w", "foreach": [1], "inputs": {}, "body": body}))
+    assert {start.variable for start in run.started.values()} == {"w[0]/o"}
+    run.started.clear()
+    run.on(Put("w[0]/o", failure="it does not compile"))
+    assert [one.code for one in run.retried] == ["tool_failed"]
+    run.step()
+    run.started.clear()
+    run.on(Put("w[0]/o", failure="still not"))
+    failure = run.executor.outcome("w").failure
+    assert failure is not None
+    assert "still not" in failure.message
+
+
+def test_an_open_variable_may_be_said_to_have_no_value() -> None:
+    run = Run(workflow(llm("a", "{{ok}}"), variables={"ok": {"open": True}}))
+    run.on(Put("ok", failure="nobody is there"))
+    failure = run.executor.outcome("a").failure
+    assert failure is not None
+    assert failure.call == "ok"
+
+
+def test_a_run_that_is_asked_for_what_is_there_already_ends_again() -> None:
+    run = Run(workflow(llm("a", "x"))).finish()
+    run.on(Append(workflow({"kind": "transform", "id": "b", "value": "{{a}}"}).calls))
+    run.on(Want("a", "throughput"))
+    assert run.ended == [State.DONE] * 3
+
+
 def test_a_cancelled_call_takes_what_only_it_needed_with_it() -> None:
     run = Run(workflow(llm("shared", "s"), llm("own", "o"), llm("a", "{{shared}}{{own}}"), llm("b", "{{shared}}")))
     run.on(Cancel(("a",)))
