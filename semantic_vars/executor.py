@@ -85,7 +85,7 @@ class Executor:
         bounds: Bounds = USUAL,
         facts: Mapping[str, Fact] = {},
         spent: Spent | None = None,
-        parallel: int = 1_024,
+        parallel: int = 256,
     ) -> None:
         self._workflow = workflow
         self._estimate = estimate
@@ -111,6 +111,7 @@ class Executor:
         self._num_awaited = 0
         self._has_ended = False
         self._is_late = False
+        self._num_bytes = 0
         self._now = 0.0
         self._append(Append(workflow.calls, workflow.variables, workflow.outputs))
 
@@ -449,12 +450,7 @@ class Executor:
         if instance.phase is Phase.ENDED:
             return
         call = instance.node.call
-        if (
-            outcome.state is State.DONE
-            and instance.inner is None
-            and (size := size_of(outcome.value)) > self._bounds.value
-        ):
-            told = f"its value has {size} bytes; at most {self._bounds.value} are allowed"
+        if outcome.state is State.DONE and instance.inner is None and (told := self._too_large(outcome.value)):
             outcome = Outcome(State.FAILED, failure=Failure("value_too_large", told, instance.path))
         if outcome.state is State.FAILED and call.on_error != "fail":
             is_skipped = call.on_error == "skip"
@@ -472,6 +468,16 @@ class Executor:
         key = key_of(instance.work) if instance.work is not None and outcome.state is not State.CANCELLED else None
         self._resolve(instance.output, outcome, key, order)
         instance.work = None
+
+    def _too_large(self, value: Value) -> str | None:
+        """Count a value; return what is to be said if it is too large, or all together are."""
+        size = size_of(value)
+        if size > self._bounds.value:
+            return f"its value has {size} bytes; at most {self._bounds.value} are allowed"
+        self._num_bytes += size
+        if self._num_bytes > self._bounds.total:
+            return f"the values of the run have more than {self._bounds.total} bytes"
+        return None
 
     def _resolve(
         self, variable: Variable, outcome: Outcome, key: str | None = None, order: tuple[int, ...] = ()

@@ -16,13 +16,15 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """How large a graph may be. ``width``: elements of a map; ``depth``: bodies within bodies; ``value``: bytes."""
+    """How large a graph may be. ``width``: elements of a map; ``depth``: bodies within bodies; ``value``: bytes of
+    one, ``total``: bytes of all that calls make."""
 
     calls: int = 10_000
     width: int = 100_000
     iterations: int = 1_000
     depth: int = 8
     value: int = 4 << 20
+    total: int = 256 << 20
 
 
 USUAL = Bounds()

@@ -13,7 +13,7 @@ import msgspec
 from core.chat import Call, Endpoint, Usage
 from core.clock import Clock
 from core.errors import BudgetExceeded, ForebayError, RateLimited, Unavailable, UpstreamBroken
-from core.ids import new_request_id
+from core.ids import TenantId, new_request_id
 from core.records import CLIENT_LEFT
 from engines.drivers.sse import data_of, split
 from engines.run import Run
@@ -67,6 +67,7 @@ class Caller:
         self._metrics = metrics
         self._tracing = tracing
         self._books = books
+        self._rooms: dict[TenantId, asyncio.Semaphore] = {}
 
     def read(self, principal: Principal, endpoint: Endpoint, body: Mapping[str, Any]) -> Call:
         """Return the call that a body means. Raises what ``read_call`` raises."""
@@ -80,19 +81,23 @@ class Caller:
         """Make the call and return its answer whole; ``on_text`` is given the pieces as they come, and ``on_spent``
         what was used, with its cost in picodollars, also where the call failed or was cancelled.
 
-        Waits while a limit or a queue has no room. Raises ``ForebayError``; when it is cancelled, the engine is told to
-        stop at once.
+        A tenant's calls have as many places as its clients have streams; who comes later waits. Waits while a limit or
+        a queue has no room. Raises ``ForebayError``; when it is cancelled, the engine is told to stop at once.
         """
+        most = self._live.settings.server.max_tenant_streams
+        room = self._rooms.setdefault(principal.tenant, asyncio.Semaphore(most))
         while True:
             try:
-                return await self._make(principal, call, on_text, on_spent)
+                async with room:
+                    return await self._make(principal, call, on_text, on_spent)
             except BudgetExceeded:
                 raise
             except (RateLimited, Unavailable) as error:
                 if not error.retryable or error.specific_code == "request_exceeds_limit":
                     raise
-                await asyncio.sleep(min(error.retry_after or _USUAL_WAIT_S, _LONGEST_WAIT_S))
-                call = msgspec.structs.replace(call, id=new_request_id())
+                wait_s = min(error.retry_after or _USUAL_WAIT_S, _LONGEST_WAIT_S)
+            await asyncio.sleep(wait_s)
+            call = msgspec.structs.replace(call, id=new_request_id())
 
     async def _make(self, principal: Principal, call: Call, on_text: OnText, on_spent: OnSpent) -> Reply:
         began = self._clock.monotonic()

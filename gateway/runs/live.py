@@ -266,3 +266,7 @@ class LiveRun:
         for task in list(self._tasks.values()):
             task.cancel()
         self.following.end()
+
+    async def left(self) -> None:
+        """Wait until all work has stopped that ``leave`` has told to."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)

@@ -55,13 +55,11 @@ class Runs:
         self._log = RunLog(store.write, clock)
         self._loop = LoopingCall("runs_claimed", self._claim, RENEW_S)
         self._is_draining = False
+        self._is_away = False
 
     async def __aenter__(self) -> Self:
         await self._log.__aenter__()
-        try:
-            await self._claim()
-        except (StorageUnavailable, DatabaseUnavailable) as error:
-            _log.warning("runs_not_claimed", error=str(error))
+        await self._claim()
         self._loop.start()
         return self
 
@@ -72,6 +70,8 @@ class Runs:
         await self._loop.stop()
         for run in self._live.values():
             run.leave()
+        for run in list(self._live.values()):
+            await run.left()
         await self._log.__aexit__(kind, error, trace)
 
     @property
@@ -82,11 +82,18 @@ class Runs:
     async def _claim(self) -> None:
         """Renew the lease of our runs, and go on with those that nobody has any more."""
         now = self._clock.wall()
-        for record in await self._store.claim(self._owner, now, now + LEASE_S):
-            if record.id not in self._live:
-                history, events = await self._history(record)
-                self._go_on(record, history, events)
-                _log.info("run_goes_on", run=record.id, num_events=history.number)
+        try:
+            for record in await self._store.claim(self._owner, now, now + LEASE_S):
+                if record.id not in self._live:
+                    history, told = await self._history(record)
+                    self._go_on(record, history, told)
+                    _log.info("run_goes_on", run=record.id, num_events=history.number)
+        except StorageUnavailable as error:
+            if not self._is_away:
+                _log.warning("runs_not_claimed", error=str(error))
+            self._is_away = True
+        else:
+            self._is_away = False
 
     async def submit(
         self,

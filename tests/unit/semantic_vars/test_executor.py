@@ -370,6 +370,12 @@ def test_a_value_that_is_too_large_fails_the_call_that_made_it() -> None:
     assert failure.code == "value_too_large"
 
 
+def test_the_values_of_a_run_are_bounded_together() -> None:
+    given = workflow(llm("m", "{{item}}", foreach=[1, 2, 3], on_error="skip"))
+    run = Run(given, engine=lambda _: "y" * 40, bounds=Bounds(total=100)).finish()
+    assert len(run.value("m")) == 2
+
+
 def test_a_transform_that_cannot_be_made_fails_its_call_and_says_why() -> None:
     run = Run(workflow(llm("a", "x"), llm("b", "{{a | json('$.y')}}"))).finish()
     failure = run.executor.outcome("b").failure
