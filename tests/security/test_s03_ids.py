@@ -13,8 +13,8 @@ from tests.fakes.admin import client, opened
 
 OWNER = "fbk_0123456789-of-the-owner"
 OTHER = "fbk_0123456789-of-the-other"
-IDS = {"model_id": "secret"}
-"""For each kind of id in the data port's paths: one that the owner may use and the other may not."""
+SECRET = "secret"
+NOBODYS_RUN = "run_" + "0" * 32
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ async def app(tmp_path: Path) -> AsyncIterator[Any]:
         {"name": "owner", "tenant": "a", "key": OWNER},
         {"name": "other", "tenant": "b", "key": OTHER, "models": ["open"]},
     ]
-    models = {"open": {"workers": workers}, IDS["model_id"]: {"workers": workers}}
+    models = {"open": {"workers": workers}, SECRET: {"workers": workers}}
     async with opened(tmp_path, keys=keys, models=models, tenants={}) as (_, services):
         yield data_app(services)
 
@@ -39,21 +39,36 @@ def with_ids(path: str, ids: dict[str, str]) -> str:
     return re.sub(r"\{(\w+)(?::path)?\}", lambda match: ids[match[1]], path)
 
 
-def told(answer: httpx.Response, name: str) -> tuple[int, str, set[str]]:
-    return answer.status_code, answer.text.replace(name, "<id>"), set(answer.headers)
+async def ids_of_the_owner(app: Any) -> dict[str, str]:
+    """Return for each kind of id in the data port's paths one that the owner may use and the other may not."""
+    workflow = {"calls": [{"kind": "transform", "id": "a", "value": "x"}]}
+    async with client(app, OWNER) as owner:
+        run = (await owner.post("/v1/workflows", json=workflow)).json()["id"]
+        assert (await owner.get(f"/v1/variables/{run}.a?wait=10")).json()["value"] == "x"
+    return {"model_id": SECRET, "run": run, "variable": f"{run}.a"}
+
+
+def told(answer: httpx.Response, ids: dict[str, str]) -> tuple[int, str, set[str]]:
+    text = answer.text
+    for name in (ids["model_id"], ids["run"]):
+        text = text.replace(name, "<id>")
+    return answer.status_code, text, set(answer.headers)
 
 
 async def test_an_id_of_another_tenant_is_answered_as_one_that_nobody_knows(app: Any) -> None:
     routes = await routes_with_ids(app)
-    assert routes, "the document has no route with an id"
+    assert {name for _, path in routes for name in re.findall(r"\{(\w+)", path)} == {"model_id", "run", "variable"}
+    ids = await ids_of_the_owner(app)
+    nobodys = {"model_id": "nobody", "run": NOBODYS_RUN, "variable": f"{NOBODYS_RUN}.a"}
     for method, path in routes:
         async with client(app, OWNER) as owner:
-            assert (await owner.request(method, with_ids(path, IDS))).status_code == 200, path
+            body: dict[str, str] | None = {} if method in {"POST", "PUT"} else None
+            assert (await owner.request(method, with_ids(path, ids), json=body)).status_code in {200, 202, 409}, path
         async with client(app, OTHER) as other:
-            of_another = await other.request(method, with_ids(path, IDS))
-            of_nobody = await other.request(method, with_ids(path, dict.fromkeys(IDS, "nobody")))
-        assert of_another.status_code == 404
-        assert told(of_another, "secret") == told(of_nobody, "nobody"), path
+            of_another = await other.request(method, with_ids(path, ids), json=body)
+            of_nobody = await other.request(method, with_ids(path, nobodys), json=body)
+        assert of_another.status_code == 404, path
+        assert told(of_another, ids) == told(of_nobody, nobodys), path
 
 
 async def test_a_model_of_another_tenant_is_in_no_list(app: Any) -> None:

@@ -8,10 +8,13 @@ import pytest
 from redis import Redis
 
 from core.chat import CallContext, Usage
+from core.errors import UnknownId
 from core.ids import TenantId
 from core.records import Batch, LedgerLine, RequestRecord
 from core.tenancy import Budget, Rate
+from gateway.runs.live import LiveRun
 from gateway.services import Services
+from semantic_vars.calls import Workflow
 from tests.e2e.asking import ask, logged
 from tests.fakes import drivers
 from tests.fakes.admin import OPERATOR, client, opened
@@ -91,6 +94,26 @@ async def test_a_tenant_that_is_deleted_already_can_be_erased(tmp_path: Path) ->
         await admin.delete(f"{V1}/tenants/gone", headers={"if-match": made.headers["etag"]})
         assert (await admin.post(f"{V1}/tenants/gone:erase")).json() == {"records": 1}
         assert files_with(ANN, tmp_path) == []
+
+
+async def test_what_a_run_of_an_erased_end_user_held_is_in_no_file(tmp_path: Path) -> None:
+    calls = [
+        {"kind": "transform", "id": "a", "value": f"said by {ANN}"},
+        {"kind": "transform", "id": "b", "value": "{{o}}"},
+    ]
+    given = msgspec.convert({"calls": calls, "variables": {"o": {"open": True}}}, Workflow)
+    who = principal(of=tenant("filed"))
+    async with opened(tmp_path) as (app, services), client(app) as admin:
+        run = (await services.runs.submit(who, given, end_user=ANN)).id
+        found = await services.runs.find(who, run)
+        assert isinstance(found, LiveRun), "it waits for its open variable"
+        await found.durable()
+        assert files_with(ANN, tmp_path)
+        assert (await admin.post(f"{V1}/tenants/filed:erase", json={"end_user": ANN})).status_code == 200
+        assert files_with(ANN, tmp_path) == []
+        with pytest.raises(UnknownId):
+            await services.runs.find(who, run)
+    assert files_with(ANN, tmp_path) == []
 
 
 async def test_one_gateway_is_asked_and_all_that_share_its_stores_have_forgotten(
