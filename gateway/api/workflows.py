@@ -19,7 +19,7 @@ from gateway.runs.history import Appended, History
 from gateway.runs.live import LiveRun
 from gateway.runs.work import check_schema
 from gateway.services import Services
-from semantic_vars import drawing
+from semantic_vars import drawing, prefixes
 from semantic_vars.calls import Call, Criteria, Given, Llm, Workflow
 from semantic_vars.events import Put
 from semantic_vars.graph import USUAL, Node, Reader
@@ -93,7 +93,7 @@ class _Workflows:
             end_user=request.headers.get("x-forebay-end-user"),
             idempotency=request.headers.get("idempotency-key"),
         )
-        return _json(run_of(record, History(workflow)), 202)
+        return _json({**run_of(record, History(workflow)), "lint": _lint(workflow)}, 202)
 
     async def search(
         self,
@@ -250,6 +250,13 @@ def workflow_routes(services: Services) -> APIRouter:
     router.add_api_route("/v1/variables/{variable:path}", handlers.value, methods=["GET"])
     router.add_api_route("/v1/variables/{variable:path}", handlers.put, methods=["PUT"])
     return router
+
+
+def _lint(workflow: Workflow) -> list[str]:
+    """Return what is to be said of prompts whose order keeps them from being shared."""
+    nodes = Reader(USUAL).nodes(workflow.calls, frozenset(workflow.variables))
+    forms = [(node.call.id, node.form) for node in nodes if isinstance(node.call, Llm)]
+    return [f"call {name!r}: {told}" for name, form in forms if (told := prefixes.lint(form)) is not None]
 
 
 def _check_schemas(calls: tuple[Call, ...]) -> None:

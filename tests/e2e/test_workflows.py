@@ -93,6 +93,12 @@ async def test_a_chain_is_one_request_and_its_end_is_another(client: Client) -> 
     assert seen["usage"]["tokens"] > 18
 
 
+async def test_a_prompt_that_cannot_be_shared_is_told_of(client: Client) -> None:
+    run = await client.submit(llm("a", "Say one."), llm("b", "{{a}}" + " and so on" * 200))
+    (told,) = run["lint"]
+    assert told.startswith("call 'b': {{a}} stands before 2000 characters")
+
+
 async def test_a_map_and_what_comes_of_it(client: Client) -> None:
     run = await client.submit(
         llm("m", "{{index}}: {{item}}", foreach="{{chunks}}", max_parallel=3),
