@@ -106,7 +106,8 @@ class RunningGateway:
         if kind == "variables":
             name, stream = rest.removeprefix("run_1.").removesuffix("/stream"), rest.endswith("/stream")
             if request.method == "PUT":
-                self._on(Put(name, json.loads(request.content)["value"]))
+                body = json.loads(request.content)
+                self._on(Put(name, body.get("value"), body.get("error")))
                 return httpx.Response(200, json={"state": "done"})
             self.criteria[name] = request.url.params.get("criteria", "latency")
             if self._executor is not None and self._executor.criteria(name) != "latency":

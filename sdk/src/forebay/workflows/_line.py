@@ -95,6 +95,10 @@ class Line:
         """Set a variable that is open, or the result of a tool. Raises ``Conflict`` if it is set."""
         await self._ask(_wire.Call("PUT", self._variable(variable), {"value": value}, is_repeatable=True))
 
+    async def fail(self, variable: str, message: str) -> None:
+        """Say that a variable will have no value, and why."""
+        await self._ask(_wire.Call("PUT", self._variable(variable), {"error": message}, is_repeatable=True))
+
     async def resolved(self, variable: str, criteria: Criteria) -> dict[str, Any]:
         """Return what became of a variable, when it has: its ``state``, and its ``value`` or ``error``."""
         loop = asyncio.get_running_loop()

@@ -106,9 +106,9 @@ class Tending:
             try:
                 value = await self._tools[waiting.tool].run(waiting.arguments)
             except Exception as error:  # noqa: BLE001 - whatever a tool raises, its call has failed
-                self._working.pop(waiting.variable, None)  # that it is cancelled will be our own doing
+                self._working.pop(waiting.variable, None)  # that it fails will be our own doing
                 self.raised[waiting.call] = error
-                await self._line.cancel([waiting.call])
+                await self._line.fail(waiting.variable, f"{type(error).__name__}: {error}")
             else:
                 await self._line.put(waiting.variable, value)
 
