@@ -71,13 +71,12 @@ Event = Append | Want | Done | Failed | Put | Cancel | Tick
 class Request(msgspec.Struct, frozen=True, tag="request"):
     """Work for a model: the body of a request with everything filled in, and the schema of its answer.
 
-    ``endpoint``: chat, completions or embeddings. ``segments``: the prompt, divided where variables begin and end.
+    ``endpoint``: chat, completions or embeddings.
     """
 
     endpoint: Literal["chat", "completions", "embeddings"]
     body: dict[str, Value]
     schema: dict[str, Value] | None
-    segments: tuple[str, ...]
 
 
 class Errand(msgspec.Struct, frozen=True, tag="errand"):

@@ -48,7 +48,6 @@ from semantic_vars.inner import Contest, Elements, Inner, Iterations, Only
 from semantic_vars.instance import Instance, Phase, Scope, Variable
 from semantic_vars.objectives import Stage, deduce
 from semantic_vars.ports import Estimate
-from semantic_vars.prefixes import segments_of
 from semantic_vars.template import Template
 from semantic_vars.transforms import TransformError
 from semantic_vars.values import Value, size_of, text_of
@@ -670,9 +669,9 @@ def _work_of(node: Node, call: calls.Llm | calls.Embed | calls.Tool, lookup: Cal
         case calls.Llm(schema=schema):
             _make_texts(node.form.shape, said)
             endpoint: Literal["chat", "completions"] = "chat" if "messages" in said else "completions"
-            return Request(endpoint, said, schema, segments_of(node.form, lookup))
+            return Request(endpoint, said, schema)
         case calls.Embed():
-            return Request("embeddings", said, None, ())
+            return Request("embeddings", said, None)
         case calls.Tool():
             return Errand(msgspec.convert(said["server"], calls.Server), said["arguments"], call.at_most_once)
 

@@ -74,11 +74,6 @@ class Runs:
             await run.left()
         await self._log.__aexit__(kind, error, trace)
 
-    @property
-    def num_live(self) -> int:
-        """How many runs are under way here."""
-        return len(self._live)
-
     async def _claim(self) -> None:
         """Renew the lease of our runs, and go on with those that nobody has any more."""
         now = self._clock.wall()

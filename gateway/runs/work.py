@@ -77,7 +77,7 @@ class Worker:
             return failed(cause, error.specific_code, error.message, can_retry=error.retryable)
         except Exception:  # noqa: BLE001 - the border of a call: whoever waits for it has to be told
             _log.exception("call_failed", run=run.id, call=start.call)
-            return failed("engine", "internal", "an internal error; the log has the details", can_retry=True)
+            return failed("engine", "internal", "an internal error; the log has the details", can_retry=not is_once)
         return Done(start.call, start.epoch, value, spent)
 
     async def _value(self, run: RunRecord, start: Start, on_text: Any, on_spent: Any) -> Value:

@@ -2,9 +2,8 @@
 
 import asyncio
 import gzip
-import ipaddress
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -14,24 +13,9 @@ from aiohttp import web
 from gateway.egress import Egress, Policy, is_public
 from gateway.tools import Limits, ToolFailed, Tools
 from semantic_vars.calls import Http, Mcp
+from tests.fakes.names import LOOPBACK, Names
 
-LOOPBACK = ipaddress.ip_address("127.0.0.1")
 Answerer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Names:
-    """A resolver that gives each name its next answer, the last one for ever."""
-
-    def __init__(self, **answers: list[list[str]]) -> None:
-        self.asked: list[str] = []
-        self._answers = answers
-
-    async def resolve(self, host: str, port: int) -> Sequence[str]:
-        self.asked.append(host)
-        answers = self._answers.get(host.partition(".")[0])
-        if answers is None:
-            return [str(ipaddress.ip_address(host))]  # raises ValueError for a name that nobody knows
-        return answers.pop(0) if len(answers) > 1 else answers[0]
 
 
 class Site:

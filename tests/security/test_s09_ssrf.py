@@ -3,7 +3,7 @@
 import base64
 import ipaddress
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,24 +14,9 @@ from hypothesis import strategies as st
 
 from core.errors import InvalidRequest
 from gateway.egress import Egress, Policy, is_public, may_name_addresses
+from tests.fakes.names import LOOPBACK, Names
 
 PNG = b"\x89PNG not really"
-LOOPBACK = ipaddress.ip_address("127.0.0.1")
-
-
-class Names:
-    """A resolver that gives each name its next answer, the last one for ever."""
-
-    def __init__(self, **answers: list[list[str]]) -> None:
-        self.asked: list[str] = []
-        self._answers = answers
-
-    async def resolve(self, host: str, port: int) -> Sequence[str]:
-        self.asked.append(host)
-        answers = self._answers.get(host.partition(".")[0])
-        if answers is None:
-            return [str(ipaddress.ip_address(host))]  # raises ValueError for a name that nobody knows
-        return answers.pop(0) if len(answers) > 1 else answers[0]
 
 
 class Site:

@@ -219,7 +219,7 @@ class Oracle:
     def _single(self, call: Call, scopes: list[Any]) -> Value:
         match call:
             case calls.Llm():
-                return self._engine(Request("completions", self._fill(call.request, scopes), call.schema, ()))
+                return self._engine(Request("completions", self._fill(call.request, scopes), call.schema))
             case calls.Tool():
                 return self._engine(Errand(call.server, self._fill(call.arguments, scopes)))
             case calls.Transform():

@@ -52,7 +52,7 @@ def test_what_cannot_be_read_is_refused_with_a_reason(text: str) -> None:
 @given(st.text(), st.text())
 def test_a_value_is_put_in_as_it_is_whatever_it_holds(before: str, value: str) -> None:
     quoted = before.replace("{{", '{{"{{"}}')
-    assert filled(quoted + "\n{{a}}", a=value) == before + "\n" + value or "{{" in before + "\n"
+    assert filled(quoted + "\n{{a}}", a=value) == before + "\n" + value
     assert parse("<{{a}}>").fill({"a": value}.__getitem__) == f"<{value}>"
 
 
