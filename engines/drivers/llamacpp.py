@@ -108,28 +108,40 @@ class LlamaCppDriver:
         return "prefix" if able and may_be_cut(call) else "pinned"
 
     async def park(self, call: Call, num_expected: Callable[[], int]) -> None:
-        """Settle, and save the slot that the call has left, if there are files and nobody else has come to it.
+        """Save the slot that the call has left, if there are files and nobody else has come to it; else settle.
 
-        Of legs that were started the engine may not know yet: that no more run than should does not mean that this one
-        runs no more.
+        llama.cpp puts the saving of a slot off until it works there no more, so it is not asked before: each question
+        waits for a step of the whole batch, and whoever is to have the slot with it.
         """
         guest = (call.context.tenant, call.id)
-        await self._until(lambda load: load.running <= num_expected() and not self._book.is_leaving(*guest))
+        if not await self._save(guest):
+            # Of legs that were started the engine may not know yet: that no more run than should does not mean that
+            # this one runs no more.
+            await self._until(lambda load: load.running <= num_expected() and not self._book.is_leaving(*guest))
+
+    async def _save(self, guest: tuple[TenantId, RequestId]) -> bool:
+        """Save the slot that a guest has left, and return whether what was saved is the guest's."""
         if not self._free_files and not self._files:
-            return
+            return False
+        is_saved = False
         async with self._book.parked(*guest) as slot:
-            if slot is None:
-                return
-            file = self._free_files.pop() if self._free_files else self._files.pop(next(iter(self._files)))
-            path, body = f"/slots/{slot}?action=save", {"filename": file}
-            try:
-                saved = await self._wire.ask(path, body, timeout_s=_PARK_TIMEOUT_S)
-            except ForebayError:
-                saved = {}
-            if saved.get("n_saved") and self._book.holds(slot, *guest):
-                self._files[guest] = file
-            else:
-                self._free_files.append(file)
+            if slot is not None:
+                file = self._free_files.pop() if self._free_files else self._files.pop(next(iter(self._files)))
+                is_saved = await self._has_saved(slot, file) and self._book.holds(slot, *guest)
+                if is_saved:
+                    self._files[guest] = file
+                    self._book.stopped(slot)
+                else:
+                    self._free_files.append(file)
+        return is_saved
+
+    async def _has_saved(self, slot: int, file: str) -> bool:
+        path, body = f"/slots/{slot}?action=save", {"filename": file}
+        try:
+            saved = await self._wire.ask(path, body, timeout_s=_PARK_TIMEOUT_S)
+        except ForebayError:
+            return False
+        return bool(saved.get("n_saved"))
 
     async def _restore(self, guest: tuple[TenantId, RequestId], seat: Seat) -> bool:
         """Put what was saved for the request into its slot, unless it lies there still; its file is free then."""

@@ -124,10 +124,10 @@ class SlotBook:
     async def parked(self, tenant: TenantId, request: RequestId) -> AsyncIterator[int | None]:
         """Hold the slot that a request has left, so that others prefer another; None if something else may be there.
 
-        Whoever does something with what lies there asks ``holds`` afterwards.
+        The engine may still work on what was left. Whoever does something with what lies there asks ``holds`` after it.
         """
         for number, slot in enumerate(self._slots):
-            if self.holds(number, tenant, request) and not slot.num_taken:
+            if self.holds(number, tenant, request) and not slot.num_running:
                 slot.num_running += 1
                 try:
                     yield number
@@ -136,6 +136,10 @@ class SlotBook:
                     slot.is_unsettled = False  # whoever comes next is to take this one, and not one still to be parked
                 return
         yield None
+
+    def stopped(self, slot: int) -> None:
+        """Note that the engine works no more on what was left in a slot."""
+        self._slots[slot].num_left = 0
 
     def is_leaving(self, tenant: TenantId, request: RequestId) -> bool:
         """Return whether the engine may still work on what this request has left."""

@@ -89,6 +89,19 @@ def test_a_slot_that_was_left_is_working_as_long_as_the_engine_says_so_whatever_
     assert not book.is_leaving(A, RequestId("one"))
 
 
+async def test_a_slot_is_held_to_be_parked_while_the_engine_still_works_on_it() -> None:
+    book = SlotBook(2)
+    left = book.take(A, LONG, RequestId("one"))
+    assert left is not None
+    book.leave(left, has_ended=False)
+    async with book.parked(A, RequestId("one")) as slot:
+        assert slot == left.slot
+        assert take(book, B).slot != slot
+        assert book.is_leaving(A, RequestId("one"))
+        book.stopped(slot)
+    assert not book.is_leaving(A, RequestId("one"))
+
+
 def test_one_queues_behind_what_was_left_rather_than_behind_what_runs() -> None:
     book = SlotBook(3)
     seats = [take(book, A, bytes([number]) * 40) for number in range(3)]
