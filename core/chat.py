@@ -24,6 +24,9 @@ Class = Literal["interactive", "standard", "batch"]
 CLASSES: tuple[Class, ...] = ("interactive", "standard", "batch")
 """The most urgent first."""
 
+Objective = Literal["latency", "throughput"]
+"""What counts of an answer: that it is there soon, or that much is done in all."""
+
 
 class Usage(msgspec.Struct, frozen=True):
     """Tokens that an engine says it processed. ``cached_tokens`` is the part of the prompt it did not recompute."""
@@ -47,9 +50,27 @@ class Timeouts(msgspec.Struct, frozen=True):
     total: float = 600.0
 
 
+class Prefix(msgspec.Struct, frozen=True, array_like=True):
+    """A beginning of a prompt that others may have too. ``digest``: of the text and all that must not be shared across,
+    64 bits; ``tokens``: about how long it is."""
+
+    digest: int
+    tokens: int
+
+
+class Role(msgspec.Struct, frozen=True):
+    """What a call is to the run of a workflow. ``age_s``: seconds since the run was accepted; ``remaining_s``: about
+    how long it takes, from the call's start to the end of the longest path behind it."""
+
+    age_s: float = 0.0
+    remaining_s: float = 0.0
+
+
 class CallContext(msgspec.Struct, frozen=True):
     """Who calls, and what decisions may know of the caller. Only ``tenant`` and its ``weight`` are trusted: they come
-    from the key. ``weight`` is the tenant's share of an engine, beside those of others that want it."""
+    from the key. ``weight`` is the tenant's share of an engine, beside those of others that want it. ``deadline_s``:
+    within how many seconds from its arrival the answer is wanted. ``role``: None of a call that is of no run.
+    ``prefixes``: where the prompt begins as others may, the shorter ones first."""
 
     tenant: TenantId
     end_user: str | None = None
@@ -59,6 +80,10 @@ class CallContext(msgspec.Struct, frozen=True):
     stage: str | None = None
     urgency: Class = "standard"
     weight: float = 1.0
+    objective: Objective | None = None
+    deadline_s: float | None = None
+    role: Role | None = None
+    prefixes: tuple[Prefix, ...] = ()
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -146,6 +146,10 @@ class Dispatcher:
                 weight=call.context.weight,
                 program=call.context.program or call.context.session or "",
                 is_pinned=run.is_pinned,
+                is_urgent=_is_urgent(call),
+                deadline_s=call.context.deadline_s,
+                role=call.context.role,
+                prefixes=call.context.prefixes,
             )
         )
         return run
@@ -523,6 +527,12 @@ class Dispatcher:
         """End the request and the reader that takes nothing."""
         self._give_up(run, error)
         run.cut()
+
+
+def _is_urgent(call: Call) -> bool:
+    """Whether somebody reads the answer as it comes: said so, or of the most urgent class."""
+    context = call.context
+    return context.objective == "latency" if context.objective is not None else context.urgency == CLASSES[0]
 
 
 def cause_of(error: ForebayError) -> Cause:

@@ -41,10 +41,7 @@ _WRITTEN = WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, 
 
 Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0), _WRITTEN]
 Bytes = Annotated[int, BeforeValidator(num_bytes), Field(gt=0), _WRITTEN]
-CountOrZero = Annotated[
-    int,
-    BeforeValidator(count),
-    Field(ge=0),
-    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]}),
-]
+_OR_ZERO = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
+SecondsOrZero = Annotated[float, BeforeValidator(seconds), Field(ge=0), _OR_ZERO]
+CountOrZero = Annotated[int, BeforeValidator(count), Field(ge=0), _OR_ZERO]
 Count = Annotated[int, BeforeValidator(count), Field(gt=0), _WRITTEN]

@@ -37,6 +37,7 @@ class Box(msgspec.Struct, frozen=True):
     """A call, by its kind; or a ``variable`` that is not made here, or the ``result`` of a body.
 
     ``times``: how often a call that is made many times is in each state; ``state`` is then what matters most of it.
+    ``is_critical``: the run has taken as long as it has because of it.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Box(msgspec.Struct, frozen=True):
     state: str = ""
     times: Mapping[str, int] = {}
     bodies: "tuple[Area, ...]" = ()
+    is_critical: bool = False
 
     @property
     def subtitle(self) -> str:
@@ -56,7 +58,8 @@ class Box(msgspec.Struct, frozen=True):
     def told(self) -> str:
         """All that is known of it."""
         times = ", ".join(f"{number} {state}" for state, number in self.times.items())
-        return ": ".join(part for part in (self.path, self.subtitle, times) if part)
+        critical = "on the critical path" if self.is_critical else ""
+        return ": ".join(part for part in (self.path, self.subtitle, times, critical) if part)
 
 
 class Area(msgspec.Struct, frozen=True):
@@ -68,7 +71,7 @@ class Area(msgspec.Struct, frozen=True):
     edges: tuple[Edge, ...]
 
 
-def as_json(nodes: Sequence[Node], states: Mapping[str, str]) -> dict[str, Any]:
+def as_json(nodes: Sequence[Node], states: Mapping[str, str], critical: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Return ``nodes``, each ``within`` a call's ``body`` or none, and the ``edges`` between them."""
     boxes: list[dict[str, Any]] = []
     edges: list[dict[str, str]] = []
@@ -83,6 +86,7 @@ def as_json(nodes: Sequence[Node], states: Mapping[str, str]) -> dict[str, Any]:
                     "note": box.note,
                     "state": box.state or None,
                     "times": dict(box.times),
+                    "critical": box.is_critical,
                     "within": within,
                     "body": area.name or None,
                 }
@@ -91,24 +95,26 @@ def as_json(nodes: Sequence[Node], states: Mapping[str, str]) -> dict[str, Any]:
                 add(body, box.path)
         edges.extend({"from": one.source, "to": one.target, "variable": one.variable} for one in area.edges)
 
-    add(area_of(nodes, states), None)
+    add(area_of(nodes, states, critical), None)
     return {"nodes": boxes, "edges": edges}
 
 
 # What is drawn
 
 
-def area_of(nodes: Sequence[Node], states: Mapping[str, str]) -> Area:
+def area_of(nodes: Sequence[Node], states: Mapping[str, str], critical: frozenset[str] = frozenset()) -> Area:
     """Return the drawing of a graph, before anything has its place."""
-    own, many = _by_place(frozenset(_prefixes(nodes, "")), states)
-    return _area(nodes, "", "", None, _States(own, many))
+    prefixes = frozenset(_prefixes(nodes, ""))
+    own, many = _by_place(prefixes, states)
+    return _area(nodes, "", "", None, _States(own, many, frozenset(_place_of(path, prefixes) for path in critical)))
 
 
 class _States(msgspec.Struct, frozen=True):
-    """``own``: of what there is once; ``many``: of what is made many times, counted."""
+    """``own``: of what there is once; ``many``: of what is made many times, counted; ``critical``: what counted."""
 
     own: Mapping[str, str]
     many: Mapping[str, Counter[str]]
+    critical: frozenset[str | None]
 
     def of(self, path: str) -> str:
         """Return the state to be shown at a place."""
@@ -178,7 +184,14 @@ def _area(nodes: Sequence[Node], prefix: str, name: str, result: Form | None, st
     outside = sorted(frozenset[str]().union(*(names for _, names in uses)) - makers.keys())
     makers |= {variable: f"{prefix}${variable}" for variable in outside}
     boxes = [
-        Box(makers[variable], "variable", variable, state="" if prefix else states.of(variable)) for variable in outside
+        Box(
+            makers[variable],
+            "variable",
+            variable,
+            state="" if prefix else states.of(variable),
+            is_critical=not prefix and variable in states.critical,
+        )
+        for variable in outside
     ]
     boxes += [_box(node, prefix, states) for node in nodes]
     if result is not None:
@@ -197,6 +210,7 @@ def _box(node: Node, prefix: str, states: _States) -> Box:
         states.of(path),
         dict(sorted(states.many.get(path, Counter()).items(), key=lambda one: _rank(one[0]))),
         tuple(_area(block.nodes, inner, name, block.result, states) for inner, name, block in _bodies(node, prefix)),
+        path in states.critical,
     )
 
 
@@ -238,6 +252,7 @@ _LOOKS = {
     "skipped": _Look("#eceff2", "#8b949e", "4 3"),
     "cancelled": _Look("#f3e6d3", "#b7791f", "4 3"),
 }
+_THICK = 5  # pixels
 INK = "#1f2328"  # on what is filled
 LINE = "#737373"  # on whatever is behind the drawing: as far from white as from black
 
@@ -248,11 +263,13 @@ LINE = "#737373"  # on whatever is behind the drawing: as far from white as from
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_ ")
 
 
-def mermaid(nodes: Sequence[Node], states: Mapping[str, str]) -> str:
-    """Return the graph as a Mermaid flowchart. States are classes; what is no state of ours has the class ``other``."""
+def mermaid(nodes: Sequence[Node], states: Mapping[str, str], critical: frozenset[str] = frozenset()) -> str:
+    """Return the graph as a Mermaid flowchart. States are classes; what is no state of ours has the class ``other``.
+    What is ``critical``, by the paths of a run, has a thick border."""
     lines = ["flowchart LR"]
     names: dict[str, str] = {}
     classes: defaultdict[str, list[str]] = defaultdict(list)
+    thick: list[str] = []
 
     def begin(indent: str, name: str, title: str) -> None:
         lines.append(f'{indent}subgraph {name} ["{title}"]')
@@ -261,6 +278,8 @@ def mermaid(nodes: Sequence[Node], states: Mapping[str, str]) -> str:
     def add(area: Area, indent: str) -> None:
         for box in area.boxes:
             name = names[box.path] = f"n{len(names)}"
+            if box.is_critical:
+                thick.append(name)
             if box.state:
                 classes[box.state if box.state in _LOOKS else "other"].append(name)
             if not box.bodies:
@@ -279,12 +298,15 @@ def mermaid(nodes: Sequence[Node], states: Mapping[str, str]) -> str:
             f'{indent}{names[edge.source]} -->|"{_safe(edge.variable)}"| {names[edge.target]}' for edge in area.edges
         )
 
-    add(area_of(nodes, states), "  ")
+    add(area_of(nodes, states, critical), "  ")
     for state, members in sorted(classes.items()):
         look = _LOOKS.get(state, _PLAIN)
         dashes = f",stroke-dasharray:{look.dashes}" if look.dashes != "none" else ""
         lines.append(f"  classDef {state} fill:{look.fill},stroke:{look.stroke},color:{INK}{dashes}")
         lines.append(f"  class {','.join(members)} {state}")
+    if thick:
+        lines.append(f"  classDef critical stroke-width:{_THICK}px")
+        lines.append(f"  class {','.join(thick)} critical")
     return "\n".join(lines) + "\n"
 
 
@@ -344,12 +366,13 @@ class _Layout(msgspec.Struct, frozen=True):
     ways: Sequence[Sequence[_Point]]
 
 
-def svg(nodes: Sequence[Node], states: Mapping[str, str]) -> str:
+def svg(nodes: Sequence[Node], states: Mapping[str, str], critical: frozenset[str] = frozenset()) -> str:
     """Return the graph as an SVG document that needs nothing from outside and holds no script or style sheet.
 
-    ``data-path``, and ``data-from`` and ``data-to`` of edges, tell what is what; what the mouse is over says more.
+    What is ``critical``, by the paths of a run, has a thick border. ``data-path``, and ``data-from`` and ``data-to`` of
+    edges, tell what is what; what the mouse is over says more.
     """
-    layout = _laid(area_of(nodes, states))
+    layout = _laid(area_of(nodes, states, critical))
     width, height = layout.width + 2 * _PAD, layout.height + 2 * _PAD
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
@@ -383,7 +406,8 @@ def _draw_shape(shape: _Shape, x: float, y: float, out: list[str]) -> None:
     out.append(
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{shape.width:.1f}" height="{shape.height:.1f}" '
         f'rx="{_SMALL / 2 if is_small else 5}" fill="{fill}" stroke="{look.stroke}" '
-        f'stroke-width="{2 if box.state in _LOOKS else 1}" stroke-dasharray="{look.dashes}"/>'
+        f'stroke-width="{_THICK if box.is_critical else 2 if box.state in _LOOKS else 1}" '
+        f'stroke-dasharray="{look.dashes}"/>'
     )
     out.append(_text(box.name, _TITLE, (x + _PAD, y + 16), INK, 12))
     if not is_small:

@@ -6,6 +6,7 @@ import msgspec
 
 from semantic_vars.budget import Spent
 from semantic_vars.calls import Call, Cause, Criteria, Given, Server
+from semantic_vars.prefixes import Beginning
 from semantic_vars.values import Value
 from semantic_vars.variable import Outcome, State
 
@@ -71,12 +72,14 @@ Event = Append | Want | Done | Failed | Put | Cancel | Tick
 class Request(msgspec.Struct, frozen=True, tag="request"):
     """Work for a model: the body of a request with everything filled in, and the schema of its answer.
 
-    ``endpoint``: chat, completions or embeddings.
+    ``endpoint``: chat, completions or embeddings. ``beginnings``: of its prompt, for whoever knows where others were
+    made that begin alike.
     """
 
     endpoint: Literal["chat", "completions", "embeddings"]
     body: dict[str, Value]
     schema: dict[str, Value] | None
+    beginnings: tuple[Beginning, ...] = ()
 
 
 class Errand(msgspec.Struct, frozen=True, tag="errand"):
@@ -92,12 +95,13 @@ Work = Request | Errand
 
 class Standing(msgspec.Struct, frozen=True):
     """What a call is for: see ``objectives``. ``remaining_s``: from its start to the end of all that waits for it;
-    ``group``: the calls that end together, how many."""
+    ``group``: the calls that end together, how many; ``left_s``: until the run's deadline, if it has one."""
 
     criteria: Criteria = "latency"
     level: int = 0
     remaining_s: float = 0.0
     group: str | None = None
+    left_s: float | None = None
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -110,6 +114,14 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     work: Work
     standing: Standing
     timeout_s: float | None
+
+
+class Prefill(msgspec.Struct, frozen=True, tag=True):
+    """What a call's prompt begins with is known, and the rest of it is being made: an engine may compute the beginning
+    meanwhile. Nothing has to answer."""
+
+    call: str
+    work: Request
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -148,4 +160,4 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     state: State
 
 
-Effect = Start | Abort | Resolved | Retried | Ended
+Effect = Start | Prefill | Abort | Resolved | Retried | Ended

@@ -33,6 +33,7 @@ from semantic_vars.events import (
     Errand,
     Event,
     Failed,
+    Prefill,
     Put,
     Request,
     Resolved,
@@ -48,6 +49,7 @@ from semantic_vars.inner import Contest, Elements, Inner, Iterations, Only
 from semantic_vars.instance import Instance, Phase, Scope, Variable
 from semantic_vars.objectives import Stage, deduce
 from semantic_vars.ports import Estimate
+from semantic_vars.prefixes import Segments, ready_part
 from semantic_vars.template import Template
 from semantic_vars.transforms import TransformError
 from semantic_vars.values import Value, size_of, text_of
@@ -56,6 +58,7 @@ from semantic_vars.variable import CANCELLED, SKIPPED, Failure, Outcome, State, 
 _RESULT = calls.Transform(id="result", value=None)
 _WORST = (State.FAILED, State.CANCELLED, State.SKIPPED, State.DONE, State.PENDING)
 _FINE = _WORST.index(State.DONE)
+_LATE_S = 1.0  # what is there sooner is not worth to be prepared for
 
 
 class Fact(msgspec.Struct, frozen=True):
@@ -73,7 +76,8 @@ class Executor:
     """One run. ``begin`` comes first, then ``on`` for each event; both return what is to be done.
 
     ``facts`` are by the variable: ``plan``, ``map[3]``, ``loop#0/draft``. ``parallel``: how many calls may be under way
-    at a time; ``spent``: what the run has used before. Raises ``InvalidRequest`` for a graph that cannot run.
+    at a time; ``spent``: what the run has used before; ``prefills``: whether to tell what prompts begin with before all
+    of them is known. Raises ``InvalidRequest`` for a graph that cannot run.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Executor:
         facts: Mapping[str, Fact] = {},
         spent: Spent | None = None,
         parallel: int = 256,
+        prefills: bool = False,
     ) -> None:
         self._workflow = workflow
         self._estimate = estimate
@@ -92,6 +97,7 @@ class Executor:
         self._reader = Reader(bounds)
         self._facts = dict(facts)
         self._parallel = parallel
+        self._prefills = prefills
         self._pool = Pool(workflow.budget, spent or Spent())
         self._scope = Scope()
         self._live: dict[str, Instance] = {}
@@ -110,6 +116,7 @@ class Executor:
         self._num_awaited = 0
         self._has_ended = False
         self._is_late = False
+        self._late_at: float | None = None
         self._num_bytes = 0
         self._now = 0.0
         self._append(Append(workflow.calls, workflow.variables, workflow.outputs))
@@ -120,6 +127,7 @@ class Executor:
         """Return what is to be done first."""
         self._now = now
         if self._workflow.deadline_s is not None:
+            self._late_at = now + self._workflow.deadline_s
             self._at(self._workflow.deadline_s, self._run_late)
         return self._carry_on()
 
@@ -287,6 +295,8 @@ class Executor:
             # whichever comes first.
             if not instance.unmet or variable.outcome.state in {State.FAILED, State.CANCELLED}:
                 self._perform(instance)
+            elif self._prefills:
+                self._prefill(instance)
 
     def _perform(self, instance: Instance) -> None:
         """Do what a call does whose variables are there; or end it if one will never be."""
@@ -390,6 +400,31 @@ class Executor:
         standing = self._standing(instance)
         start = Start(instance.path, instance.output.path, instance.epoch, instance.work, standing, timeout_s)
         self._effects.append(start)
+        if self._prefills:
+            for consumer in instance.output.consumers:
+                self._prefill(consumer)
+
+    def _prefill(self, instance: Instance) -> None:
+        """Have the beginning of a call's prompt computed while the last of its inputs are made. Once for a call."""
+        node = instance.node
+        is_able = instance.phase is Phase.WAITING and isinstance(node.call, calls.Llm) and node.each is None
+        if not is_able or instance.has_prefilled or not instance.unmet:
+            return
+        pending = [one for name in node.inputs if (one := instance.scope.find(name)).is_pending]
+        producers = [one.producer for one in pending if one.producer is not None]
+        if len(producers) < len(pending) or any(one.phase is not Phase.RUNNING for one in producers):
+            return  # that may take as long as it likes
+        if max((self._estimate.seconds(one.node.call) for one in producers), default=0.0) < _LATE_S:
+            return
+        missing = {name for name in node.inputs if instance.scope.find(name).is_pending}
+        try:
+            ready = ready_part(node.form, instance.scope.value, lambda name: name not in missing)
+        except TransformError:
+            return  # the call itself will tell
+        if ready is not None:
+            instance.has_prefilled = True
+            endpoint: Literal["chat", "completions"] = "chat" if "messages" in ready.body else "completions"
+            self._effects.append(Prefill(instance.path, Request(endpoint, ready.body, None, ready.beginnings)))
 
     def _answered(self, path: str, epoch: int, spent: Spent) -> Instance | None:
         """Book what a start has come to; return its instance unless that has gone on without it."""
@@ -595,6 +630,8 @@ class Executor:
     def _standing(self, instance: Instance) -> Standing:
         standings = self._deduced()
         standing = standings.get(_top(instance.path), Standing())
+        if self._late_at is not None:
+            standing = msgspec.structs.replace(standing, left_s=max(0.0, self._late_at - self._now))
         if standing.group is not None and self._left[standing.group] <= 1:
             return msgspec.structs.replace(standing, criteria="latency")  # the last of its group
         return standing
@@ -664,12 +701,13 @@ def _upstream(outcome: Outcome) -> Outcome:
 
 
 def _work_of(node: Node, call: calls.Llm | calls.Embed | calls.Tool, lookup: Callable[[str], Value]) -> Work:
-    said = node.form.fill(lookup)
+    segments = Segments()
+    said = node.form.fill(lookup, segments)
     match call:
         case calls.Llm(schema=schema):
             _make_texts(node.form.shape, said)
             endpoint: Literal["chat", "completions"] = "chat" if "messages" in said else "completions"
-            return Request(endpoint, said, schema)
+            return Request(endpoint, said, schema, segments.beginnings(node.form))
         case calls.Embed():
             return Request("embeddings", said, None)
         case calls.Tool():

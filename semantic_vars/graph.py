@@ -83,7 +83,7 @@ class Reader:
             each = form_of(call.foreach) if call.foreach is not None else None
             form = form_of(_said(call))
             own = frozenset((call.item, "index")) if each is not None else frozenset[str]()
-            inside = names | own
+            inside = names | own if own else names  # a copy of all names for each call is quadratic
             blocks = tuple(self._blocks(call, inside, depth + 1))
         except InvalidRequest as error:
             raise _in_call(call, error) from None

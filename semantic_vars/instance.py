@@ -74,7 +74,7 @@ class Instance:
     """
 
     __slots__ = (
-        "attempts", "epoch", "inner", "node", "output", "path", "phase", "reserved", "scope", "scopes",
+        "attempts", "epoch", "has_prefilled", "inner", "node", "output", "path", "phase", "reserved", "scope", "scopes",
         "unmet", "work",
     )  # fmt: skip
 
@@ -86,6 +86,7 @@ class Instance:
         self.phase = Phase.IDLE
         self.unmet = 0
         self.epoch = 0
+        self.has_prefilled = False
         self.attempts = 0
         self.work: Any = None
         self.reserved = Spent()

@@ -7,7 +7,7 @@ data afterwards: braces in a value are text.
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +25,9 @@ _STEP = re.compile(r"\s*([a-z_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 Lookup = Callable[[str], Value]
 """The value of a variable by its name."""
+
+Note = Callable[["Template", Sequence[str]], None]
+"""Is told the text of a template that was filled, divided where variables begin and end."""
 
 
 class Hole(msgspec.Struct, frozen=True):
@@ -55,11 +58,17 @@ class Template(msgspec.Struct, frozen=True):
         """Return the text, divided where variables begin and end. Raises ``TransformError``."""
         return [part if isinstance(part, str) else text_of(part.value(lookup)) for part in self.parts]
 
-    def fill(self, lookup: Lookup) -> Value:
+    def fill(self, lookup: Lookup, note: Note | None = None) -> Value:
         """Return the text, or of a template that is one hole and nothing else the value itself."""
         if len(self.parts) == 1 and isinstance(hole := self.parts[0], Hole):
-            return hole.value(lookup)
-        return "".join(self.segments(lookup))
+            value = hole.value(lookup)
+            if note is not None:
+                note(self, (text_of(value),))
+            return value
+        segments = self.segments(lookup)
+        if note is not None:
+            note(self, segments)
+        return "".join(segments)
 
 
 def parse(text: str) -> Template:
@@ -133,9 +142,9 @@ class Form(msgspec.Struct, frozen=True):
     shape: Any
     names: frozenset[str]
 
-    def fill(self, lookup: Lookup) -> Value:
-        """Return the value with every hole filled. Raises ``TransformError``."""
-        return _filled(self.shape, lookup)
+    def fill(self, lookup: Lookup, note: Note | None = None) -> Value:
+        """Return the value with every hole filled; ``note`` hears of each text. Raises ``TransformError``."""
+        return _filled(self.shape, lookup, note)
 
 
 def form_of(value: Value) -> Form:
@@ -156,11 +165,11 @@ def form_of(value: Value) -> Form:
     return Form(parsed(value), frozenset(names))
 
 
-def _filled(shape: Any, lookup: Lookup) -> Value:
+def _filled(shape: Any, lookup: Lookup, note: Note | None) -> Value:
     if isinstance(shape, Template):
-        return shape.fill(lookup)
+        return shape.fill(lookup, note)
     if isinstance(shape, dict):
-        return {key: _filled(one, lookup) for key, one in shape.items()}
+        return {key: _filled(one, lookup, note) for key, one in shape.items()}
     if isinstance(shape, list):
-        return [_filled(one, lookup) for one in shape]
+        return [_filled(one, lookup, note) for one in shape]
     return shape

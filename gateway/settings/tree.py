@@ -20,7 +20,7 @@ from core.chat import Class
 from core.tenancy import Period, Role
 from gateway.settings.faults import hint
 from gateway.strength import weakness_of
-from gateway.units import Bytes, Count, CountOrZero, Seconds
+from gateway.units import Bytes, Count, CountOrZero, Seconds, SecondsOrZero
 from routing.fairness.policy import Policy
 
 OVERRIDABLE = Field(json_schema_extra={"overridable": True})
@@ -209,6 +209,10 @@ class FairnessSettings(_Section):
     targets: TargetSettings = TargetSettings()
     rescue_share: float = Field(default=0.2, ge=0, le=1)
     ageing: Seconds = Field(default=60.0, ge=0.001, le=10**6)
+    step_target: SecondsOrZero = Field(default=0.0, le=60)
+    run_order: bool = True
+    affinity: bool = True
+    waves: bool = True
 
 
 class LaunchSettings(_Section):
@@ -299,9 +303,13 @@ class RequestLogSettings(_Section):
 
 
 class WorkflowSettings(_Section):
-    """Runs of workflows: ``retention``, how long one that has ended is kept, with all its values."""
+    """Runs of workflows: ``retention``, how long one that has ended is kept, with all its values. ``objectives``: the
+    scheduler is told what the graph says of a call; without, it is one of many of the same program.
+    ``eager_prefill``: what a prompt begins with is computed while the last of its variables are being made."""
 
     retention: Annotated[Seconds, OVERRIDABLE] = 7 * 86400.0
+    objectives: Annotated[bool, OVERRIDABLE] = True
+    eager_prefill: Annotated[bool, OVERRIDABLE] = True
 
 
 class DatabaseSettings(_Section):

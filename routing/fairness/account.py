@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from enum import Enum
 
+from core.chat import Role
 from core.ids import RequestId, TenantId
 from routing.fairness.programs import Ladder, Programs
 
@@ -13,13 +14,15 @@ UNBOUNDED = 2**62
 
 class Place(Enum):
     """Where a request waits. ``CLAIMING``: a slot is being freed for it. ``RETURNED``: it had its turn and lost its
-    worker. ``ASIDE``: the same, and it may not begin yet. ``NOWHERE``: it does not wait."""
+    worker. ``ASIDE``: the same, and it may not begin yet. ``FOLLOWING``: it had its turn, and what another computes is
+    of use to it. ``NOWHERE``: it does not wait."""
 
     NOWHERE = "nowhere"
     TURN = "turn"
     CLAIMING = "claiming"
     RETURNED = "returned"
     ASIDE = "aside"
+    FOLLOWING = "following"
 
 
 class Account:
@@ -43,7 +46,7 @@ class Account:
         "weight",
     )
 
-    def __init__(self, tenant: TenantId, ladder: Ladder, *, is_flat: bool) -> None:
+    def __init__(self, tenant: TenantId, ladder: Ladder, *, is_flat: bool, knows_runs: bool = True) -> None:
         self.tenant = tenant
         self.weight = MILLI
         self.counter = 0
@@ -53,7 +56,7 @@ class Account:
         self.num_running = 0
         self.ceiling = UNBOUNDED
         self.on_rise: Callable[[Account], None] = _ignore
-        self.programs: Programs[Request] = Programs(ladder, is_flat=is_flat)
+        self.programs: Programs[Request] = Programs(ladder, is_flat=is_flat, knows_runs=knows_runs)
 
     def charge(self, amount: int) -> None:
         """Add what was served, in milli weighted tokens; less than 0 if too much was charged before."""
@@ -81,12 +84,24 @@ def _ignore(account: Account) -> None:
 
 class Request:
     """A request, who pays for it, and where it waits. ``number`` counts arrivals; it and ``arrived_at`` never change.
-    ``not_before``: until when its last worker has asked it to stay away."""
+    ``not_before``: until when its last worker has asked it to stay away. ``deadline_s``: within how long after its
+    arrival its answer is wanted."""
 
-    __slots__ = ("account", "arrived_at", "id", "not_before", "number", "place", "program", "rank")
+    __slots__ = (
+        "account", "arrived_at", "deadline_s", "id", "not_before", "number", "place", "program", "rank", "role",
+    )  # fmt: skip
 
     def __init__(
-        self, request: RequestId, account: Account, *, rank: int, program: str, number: int, arrived_at: float
+        self,
+        request: RequestId,
+        account: Account,
+        *,
+        rank: int,
+        program: str,
+        number: int,
+        arrived_at: float,
+        role: Role | None = None,
+        deadline_s: float | None = None,
     ) -> None:
         self.id = request
         self.account = account
@@ -94,5 +109,7 @@ class Request:
         self.program = program
         self.number = number
         self.arrived_at = arrived_at
+        self.role = role
+        self.deadline_s = deadline_s
         self.not_before = 0.0
         self.place = Place.NOWHERE

@@ -38,12 +38,13 @@ class Line:
         self._returned: OrderedDict[RequestId, Request] = OrderedDict()
         self._aside: list[tuple[float, int, Request, Account]] = []
         self._num_aside = 0
+        self._following: dict[RequestId, Request] = {}
         self._order = itertools.count()  # keeps heaps from comparing what has no order
         self._num_in_turn = 0
         self._adopt(fairness)
 
     def __len__(self) -> int:
-        return self._num_in_turn + len(self._claiming) + len(self._returned) + self._num_aside
+        return self._num_in_turn + len(self._claiming) + len(self._returned) + self._num_aside + len(self._following)
 
     @property
     def num_in_turn(self) -> int:
@@ -77,6 +78,7 @@ class Line:
         self.turns.virtual = virtual
         for account in self.accounts.values():
             account.programs.is_flat = self.turns.is_flat
+            account.programs.knows_runs = fairness.run_order
         for request in waiting:
             self.push(request)
 
@@ -91,7 +93,9 @@ class Line:
         """Return the tenant's account, which is opened if there is none."""
         account = self.accounts.get(tenant)
         if account is None:
-            account = self.accounts[tenant] = Account(tenant, self._ladder, is_flat=self.turns.is_flat)
+            account = self.accounts[tenant] = Account(
+                tenant, self._ladder, is_flat=self.turns.is_flat, knows_runs=self._fairness.run_order
+            )
         account.weight = max(1, round(weight * MILLI))
         return account
 
@@ -142,6 +146,14 @@ class Line:
         self._enter(request, Place.CLAIMING)
         self._claiming[request.id] = request
 
+    def follow(self, request: Request) -> None:
+        """The request has its turn and lets another go before it, until it is pushed as returned."""
+        if request.place is Place.TURN:
+            self.turns.served(request.account, request.rank)
+        self.remove(request)
+        self._enter(request, Place.FOLLOWING)
+        self._following[request.id] = request
+
     def remove(self, request: Request) -> None:
         """Take the request out, wherever it waits; one that does not is left alone."""
         match request.place:
@@ -157,6 +169,8 @@ class Line:
                 del self._returned[request.id]
             case Place.ASIDE:
                 self._num_aside -= 1
+            case Place.FOLLOWING:
+                del self._following[request.id]
         request.account.num_waiting -= 1
         request.place = Place.NOWHERE
 
@@ -202,7 +216,8 @@ class Line:
     def waiting(self) -> list[Request]:
         """Return all that wait, in the order of arrival. Costs O(n log n)."""
         aside = {entry[2] for entry in self._aside if self._is_aside(entry)}
-        everyone = (*self._in_turn(), *self._claiming.values(), *self._returned.values(), *aside)
+        had_turn = (*self._claiming.values(), *self._returned.values(), *self._following.values())
+        everyone = (*self._in_turn(), *had_turn, *aside)
         return sorted(everyone, key=lambda request: request.number)
 
     def _in_turn(self) -> list[Request]:

@@ -43,6 +43,16 @@ class Fairness(msgspec.Struct, frozen=True):
     """How many of all starts may go before their turn: for a target, or (``priority``) because they waited so long."""
     ageing: float = 60.0
     """``priority``: seconds after which a request of rank 1 goes before its turn; twice as many for rank 2."""
+    step_target: float = 0.0
+    """Seconds that a token of an urgent answer may take: while one runs, its worker is given no more legs than that
+    allows by what was measured of it. 0: as many as it takes."""
+    run_order: bool = True
+    """Calls of a workflow's run go by its age and by what is still to be done; else by what it has had, as calls of
+    other programs do."""
+    affinity: bool = True
+    """A request may go to a busier worker for what that one's cache holds of its prompt, if it is done sooner there."""
+    waves: bool = True
+    """Requests wait while a long beginning of their prompt is computed by another, where slots share one cache."""
 
     def problem(self) -> str | None:
         """Return what is wrong with the figures and what to do, or None."""
@@ -70,4 +80,5 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("interval", 0, 60),
     ("rescue_share", 0, 1),
     ("ageing", 0.001, 10**6),
+    ("step_target", 0, 60),
 )

@@ -1,15 +1,25 @@
-"""Which of a tenant's own requests is next: programs by attained service (PLAS, Autellix, arXiv 2502.13965, §4.2).
+"""Which of a tenant's own requests is next: runs of workflows in the order of their age, other programs by attained
+service (PLAS, Autellix, arXiv 2502.13965, §4.2).
 
 A program's level is the logarithm of the service that its finished calls have had, in units that are calibrated by the
 calls seen (the paper gives none; a ladder that is too high orders nothing). Where we differ: levels do not order
 strictly. A class weighs a minute of waiting and a level five seconds, so whoever waits long enough is first: nobody
 starves, and no promotion has to be watched for. What is ordered here never changes what the tenant as a whole gets.
+
+Of a *run* the graph is known, and with it what is still to be done: attained service says less. A call that has just
+become ready does not queue behind those of runs that began later (Parrot's "app-level FIFO", section 5.4): it counts as
+if it had waited since its run began, and a second of remaining work weighs as much as one of waiting. That finishes
+runs one after another, those with less to do a little sooner, in place of all of them at the end. Within a run the
+call with the longest path behind it is first.
 """
 
+import heapq
+import math
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
+from core.chat import Role
 from core.ids import RequestId
 from routing.fairness.ordered import Key, Ordered
 
@@ -32,6 +42,7 @@ class Waiting(Protocol):
     program: str
     number: int
     arrived_at: float
+    role: Role | None
 
 
 Call = TypeVar("Call", bound=Waiting)
@@ -74,27 +85,50 @@ class Program:
 
 
 class _Row(Generic[Call]):
-    """The waiting calls of one program and class, in order of arrival."""
+    """The waiting calls of one program and class: those that have run already, then by what is behind them, then in
+    order of arrival."""
 
-    __slots__ = ("calls", "name", "program", "rank")
+    __slots__ = ("_heap", "_keys", "_num_front", "calls", "name", "program", "rank")
 
     def __init__(self, name: tuple[str, int], program: Program | None) -> None:
         self.name = name
         self.rank = name[1]
         self.program = program
-        self.calls: OrderedDict[RequestId, Call] = OrderedDict()
+        self.calls: dict[RequestId, Call] = {}
+        self._keys: dict[RequestId, Key] = {}
+        self._heap: list[tuple[Key, RequestId]] = []  # those that have gone too, until they come to the top
+        self._num_front = 0
+
+    def add(self, call: Call, *, behind_s: float, front: bool) -> None:
+        if front:
+            self._num_front += 1
+        key = (-math.inf, -self._num_front) if front else (-behind_s, call.number)
+        self.calls[call.id] = call
+        self._keys[call.id] = key
+        heapq.heappush(self._heap, (key, call.id))
+
+    def discard(self, call: Call) -> None:
+        del self.calls[call.id], self._keys[call.id]
+        if len(self._heap) > 2 * len(self.calls) + 16:
+            self._heap = [(key, name) for name, key in self._keys.items()]
+            heapq.heapify(self._heap)
 
     @property
     def head(self) -> Call:
-        return next(iter(self.calls.values()))
+        heap = self._heap
+        while self._keys.get(heap[0][1]) != heap[0][0]:
+            heapq.heappop(heap)
+        return self.calls[heap[0][1]]
 
 
 class Programs(Generic[Call]):
-    """One tenant's waiting requests in order. ``is_flat``: by arrival alone; to be changed only while none waits."""
+    """One tenant's waiting requests in order. ``is_flat``: by arrival alone; ``knows_runs``: by what runs are known to
+    have before them. Both are to be changed only while none waits."""
 
-    def __init__(self, ladder: Ladder, *, is_flat: bool) -> None:
+    def __init__(self, ladder: Ladder, *, is_flat: bool, knows_runs: bool = True) -> None:
         self._ladder = ladder
         self.is_flat = is_flat
+        self.knows_runs = knows_runs
         self._known: dict[str, Program] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()  # those with no call open, the longest idle first
         self._rows: dict[tuple[str, int], _Row[Call]] = {}
@@ -137,19 +171,20 @@ class Programs(Generic[Call]):
         row = self._rows.get(name)
         if row is None:
             row = self._rows[name] = _Row(name, None if self.is_flat else self._known.get(request.program))
-        row.calls[request.id] = request
-        if front:
-            row.calls.move_to_end(request.id, last=False)
+        role = self._role(request)
+        row.add(request, behind_s=role.remaining_s if role is not None else 0.0, front=front)
         self._order.put(row)
 
     def remove(self, request: Call) -> None:
         """Take out a request that waits here."""
         name = ("", 0) if self.is_flat else (request.program, request.rank)
         row = self._rows[name]
-        del row.calls[request.id]
+        row.discard(request)
         if not row.calls:
             del self._rows[name]
             self._order.discard(row)
+        elif request.role is not None:
+            self._order.put(row)  # the next one may have less before it
 
     def first(self) -> Call | None:
         """Return the request that is next."""
@@ -160,8 +195,13 @@ class Programs(Generic[Call]):
         head = row.head
         if self.is_flat:
             return (head.number, 0)
+        if (role := self._role(head)) is not None:
+            return (head.arrived_at - role.age_s + role.remaining_s + RANK_S * row.rank, head.number)
         level = self._ladder.level(row.program.service) if row.program is not None else 0
         return (head.arrived_at + RANK_S * row.rank + LEVEL_S * level, head.number)
+
+    def _role(self, request: Call) -> Role | None:
+        return request.role if self.knows_runs and not self.is_flat else None
 
     def _forget_idle(self) -> None:
         if len(self._known) > REMEMBERED and self._idle:

@@ -1,4 +1,5 @@
-"""Requests that go before their turn: those about to miss their class's target, and under ``priority`` the aged ones.
+"""Requests that go before their turn: those about to miss their class's target, those whose deadline leaves no slack
+behind what is still to be done, and under ``priority`` the aged ones.
 
 Earliest deadline first, and at most ``rescue_share`` of all starts, so that it bends the order and never replaces it. A
 tenant that is ahead of its share is not rescued: else a flood of late requests would pay.
@@ -6,12 +7,21 @@ tenant that is ahead of its share is not rescued: else a flood of late requests 
 
 import heapq
 import itertools
+import math
 
 from routing.fairness.account import MILLI, Account, Place, Request
 from routing.fairness.policy import Fairness
 
 _SAVED_STARTS = 4  # rescues in a row, at most
+_ROOM = 64
 _ENGINE_PART = 0.5  # of a target: a request is rescued while there is still that much time for the engine
+
+_Entry = tuple[float, int, Request, Account]
+
+
+def _waits(entry: _Entry) -> bool:
+    """Whether the request still waits for its turn here; it may have gone to wait for another model."""
+    return entry[2].place is Place.TURN and entry[2].account is entry[3]
 
 
 class Rescue:
@@ -19,7 +29,8 @@ class Rescue:
 
     def __init__(self, fairness: Fairness) -> None:
         self._fairness = fairness
-        self._heap: list[tuple[float, int, Request, Account]] = []
+        self._heap: list[_Entry] = []
+        self._most = _ROOM
         self._budget = 0
         self._order = itertools.count()
 
@@ -29,14 +40,19 @@ class Rescue:
     def put(self, request: Request) -> None:
         """A request waits for its turn."""
         due = self._due(request)
-        if due is not None:
-            heapq.heappush(self._heap, (due, next(self._order), request, request.account))
+        if due is None:
+            return
+        if len(self._heap) >= self._most:  # those that have gone stay until their deadlines, which callers choose
+            self._heap = [entry for entry in self._heap if _waits(entry)]
+            heapq.heapify(self._heap)
+            self._most = 2 * len(self._heap) + _ROOM
+        heapq.heappush(self._heap, (due, next(self._order), request, request.account))
 
     def first(self, now: float, virtual: int) -> Request | None:
         """Return the request that must not wait for its turn; None if there is none, or too many were rescued."""
         heap = self._heap
-        while heap and (heap[0][2].place is not Place.TURN or heap[0][2].account is not heap[0][3]):
-            heapq.heappop(heap)  # it has gone, perhaps to wait for another model
+        while heap and not _waits(heap[0]):
+            heapq.heappop(heap)
         if not heap or heap[0][0] > now or self._budget < MILLI:
             return None
         request = heap[0][2]
@@ -53,6 +69,12 @@ class Rescue:
     def _due(self, request: Request) -> float | None:
         if self._fairness.policy == "priority":
             return request.arrived_at + self._fairness.ageing * request.rank if request.rank else None
-        if self._fairness.policy == "fcfs" or request.rank >= len(self._fairness.targets):
+        if self._fairness.policy == "fcfs":
             return None
-        return request.arrived_at + self._fairness.targets[request.rank] * _ENGINE_PART
+        due = math.inf
+        if request.rank < len(self._fairness.targets):
+            due = self._fairness.targets[request.rank] * _ENGINE_PART
+        if request.deadline_s is not None:
+            took_s = request.role.remaining_s if request.role is not None else request.deadline_s * (1 - _ENGINE_PART)
+            due = min(due, request.deadline_s - took_s)
+        return request.arrived_at + due if due < math.inf else None

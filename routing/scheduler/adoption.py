@@ -12,7 +12,7 @@ def adopt(books: Books, event: Adopt, number: int) -> Request:
     submit, now = event.submit, event.now
     if (known := books.requests.get(submit.request)) is not None:
         if known.leg is not None:
-            books.release(known.leg)
+            books.release(known.leg, now)
         books.forget(known, now)
     model = books.model(submit.models[0])
     has_just_come = submit.tenant not in model.line.accounts or (event.leg is None and not event.waited)

@@ -5,11 +5,11 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from core.ids import LegId, ModelName, RequestId, WorkerId
-from routing.breaker import Breaker
 from routing.fairness.policy import Fairness
 from routing.scheduler.events import WorkerView
 from routing.scheduler.paying import release_owed
 from routing.scheduler.state import FOREVER, Leg, Model, Request, WorkerState
+from routing.scheduler.waves import has_led, lead
 
 _DEFAULT = Fairness()
 
@@ -61,9 +61,9 @@ class Books:
             former.with_room.pop(view.id, None)
             former.draining.pop(view.id, None)
             model.workers.append(worker)
-            worker.breaker = Breaker()
+            worker.begin_anew()
         elif view.incarnation != worker.view.incarnation:
-            worker.breaker = Breaker()
+            worker.begin_anew()
         worker.view = view
         model.refresh(worker)
         if view.is_draining:
@@ -80,19 +80,24 @@ class Books:
         self.legs[leg.id] = leg
         worker.legs[leg.id] = leg
         worker.num_running += 1
+        worker.num_urgent += request.is_urgent
         worker.outstanding += leg.outstanding
         worker.kv_tokens += leg.kv_tokens
+        lead(leg)
+        worker.warmth.note(request.prefixes, most_roots=worker.view.max_inflight, most_tokens=worker.view.kv_tokens)
         model.refresh(worker)
         request.account.num_running += 1
         if not request.is_pinned:
             model.cuttable.add(request.account, leg.id, leg)
 
-    def release(self, leg: Leg) -> None:
+    def release(self, leg: Leg, now: float) -> None:
         """Give back what the leg held."""
         request, worker = leg.request, leg.worker
         model = self.models[request.model]
         del self.legs[leg.id], worker.legs[leg.id]
+        has_led(leg, model.line, now)
         worker.num_running -= 1
+        worker.num_urgent -= request.is_urgent
         worker.outstanding -= leg.outstanding
         worker.kv_tokens -= leg.kv_tokens
         self.models[worker.view.model].refresh(worker)

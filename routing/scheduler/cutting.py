@@ -157,8 +157,5 @@ def _send(
             cost=cost,
         )
     )
-    leg.request.target = target
-    target.num_held += 1
-    model.num_held += 1
-    model.refresh(target)
+    model.keep_slot(leg.request, target)
     return cut(model, leg, why)

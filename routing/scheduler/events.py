@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from core.chat import Prefix, Role
 from core.ids import LegId, ModelName, RequestId, TenantId, WorkerId
 from routing.scheduler.effects import CutFor
 
@@ -33,7 +34,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """A request has come. ``models``: the one asked for, then its fallbacks. ``rank``: its place among its tenant's
     own, the lower the sooner. ``weight``: its tenant's share, beside the others'. ``program``: which of the tenant's
     programs it belongs to. ``is_pinned``: it must not be cut by choice. ``tokens_estimate``: the prompt and the longest
-    answer; ``prompt_tokens``: the prompt's part of it."""
+    answer; ``prompt_tokens``: the prompt's part of it. ``is_urgent``: somebody reads the answer as it comes.
+    ``deadline_s``, ``role``, ``prefixes``: as in ``core.chat.CallContext``."""
 
     request: RequestId
     tenant: TenantId
@@ -46,6 +48,10 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     weight: float = 1.0
     program: str = ""
     is_pinned: bool = True
+    is_urgent: bool = False
+    deadline_s: float | None = None
+    role: Role | None = None
+    prefixes: tuple[Prefix, ...] = ()
 
 
 class FirstToken(msgspec.Struct, frozen=True, tag="first_token"):

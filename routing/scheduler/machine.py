@@ -38,6 +38,7 @@ from routing.scheduler.paying import (
 from routing.scheduler.placing import worker_for
 from routing.scheduler.state import FOREVER, Leg, Model, Request, WorkerState
 from routing.scheduler.views import FairnessView, fairness_view
+from routing.scheduler.waves import has_led, must_follow
 
 BUSY_PAUSE_S = 0.1
 """How long a request first stays away from a model whose engine is busy and does not say for how long."""
@@ -163,8 +164,7 @@ class Scheduler:
         num = event.num
         request, worker = leg.request, leg.worker
         model = self._books.models[request.model]
-        if not leg.has_begun:
-            leg.begin()
+        effects = self._begin(leg, event.now)
         leg.deliver(num)
         leg.ran += num
         leg.kv_tokens += num
@@ -173,7 +173,15 @@ class Scheduler:
             model.refresh(worker)
         request.delivered += num
         charge_tokens(model.line, request, num)
-        return take_slots(model, self._decisions, event.now) if model.line.num_in_turn else []
+        return effects + take_slots(model, self._decisions, event.now) if model.line.num_in_turn else effects
+
+    def _begin(self, leg: Leg, now: float) -> list[Effect]:
+        """The leg's prompt is done: those that wait for that may go on."""
+        if leg.has_begun:
+            return []
+        leg.begin()
+        model = self._books.models[leg.request.model]
+        return self._decide(model, now) if has_led(leg, model.line, now) else []
 
     def _on_stalled(self, event: Stalled) -> list[Effect]:
         leg = self._books.legs.get(event.leg)
@@ -189,23 +197,23 @@ class Scheduler:
             return []
         request = leg.request
         request.is_committed = True
+        effects = self._begin(leg, event.now)
         if leg.first_at is None:
             leg.first_at = event.now
-            leg.begin()
             if not request.earned and not leg.resumed:
                 earn_prompt(self._books.models[request.model].line, request, request.charged or 0)
         if event.prefilled is not None:
             settle_prompt(self._books.models[request.model].line, leg, event.prefilled)
         else:
             expect_again(self._books.models[request.model].line, leg)
-        return []
+        return effects
 
     def _on_leg_ended(self, event: LegEnded) -> list[Effect]:
         leg = self._books.legs.get(event.leg)
         if leg is None:
             return []
         request, worker = leg.request, leg.worker
-        self._books.release(leg)
+        self._books.release(leg, event.now)
         line = self._books.models[request.model].line
         if event.num_tokens:
             charge_tokens(line, request, event.num_tokens)
@@ -215,6 +223,7 @@ class Scheduler:
             expect_again(line, leg)
         if leg.first_at is not None and leg.ran > 1:
             worker.pace.observe_step((leg.load + worker.num_running + 1) / 2, (event.now - leg.first_at) / leg.ran)
+            self._books.models[worker.view.model].refresh(worker)  # it may take more now, or less
         self._judge(leg, event)
         effects = self._after_leg(request, leg, event)
         effects += self._decide(self._books.models[worker.view.model], event.now)
@@ -424,7 +433,7 @@ class Scheduler:
             return False
         start = self._try_start(model, request, now)
         if start is None:
-            return False
+            return request.place is Place.FOLLOWING
         effects.append(start)
         return True
 
@@ -434,7 +443,9 @@ class Scheduler:
         if now < request.not_before:
             return None
         worker = worker_for(self._books, model, request, now)
-        return self._start(model, request, worker, now) if worker is not None else None
+        if worker is None or must_follow(model, request, worker):
+            return None
+        return self._start(model, request, worker, now)
 
     def _start(self, model: Model, request: Request, worker: WorkerState, now: float) -> Start:
         self._note_start(request, worker, now)

@@ -31,16 +31,33 @@ class Pace:
             sample = seconds / tokens
             self._prefill = sample if self._prefill is None else self._prefill + 0.2 * (sample - self._prefill)
 
+    @property
+    def can_tell(self) -> bool:
+        """Whether both are known."""
+        return self._num >= self.ENOUGH and self._prefill is not None
+
     def step(self, num_legs: int) -> float | None:
         """Return the seconds per token of a leg among that many; None if not known."""
         if self._num < self.ENOUGH:
             return None
+        base, slope = self._line()
+        return max(0.0, base + slope * num_legs)
+
+    def most_legs(self, seconds: float) -> int | None:
+        """Return among how many legs a token takes no longer than so many seconds, 1 at least; None if not known, or
+        if more legs cost nothing, as far as that is known."""
+        if self._num < self.ENOUGH:
+            return None
+        base, slope = self._line()
+        return max(1, int((seconds - base) / slope)) if slope else None
+
+    def _line(self) -> tuple[float, float]:
         spread = self._sum * self._sum_xx - self._sum_x * self._sum_x
         if spread < 1e-9 * self._sum_xx * self._sum:
             slope = 0.0  # all at the same load: more legs may cost nothing, as far as is known
         else:
             slope = max(0.0, (self._sum * self._sum_xy - self._sum_x * self._sum_y) / spread)
-        return max(0.0, (self._sum_y - slope * self._sum_x) / self._sum + slope * num_legs)
+        return (self._sum_y - slope * self._sum_x) / self._sum, slope
 
     def prefill(self, tokens: int) -> float | None:
         """Return the seconds that so many tokens of a prompt take; None if not known."""

@@ -1,9 +1,14 @@
 """Which worker a request starts on: the one that keeps a slot for it, the one that may hold its cache, else the score
 of ``routing/placement.py``."""
 
+import msgspec
+
 from routing.placement import Candidate, choose
 from routing.scheduler.books import Books
+from routing.scheduler.pace import Pace
 from routing.scheduler.state import Model, Request, WorkerState
+
+_USUAL_ANSWER = 256  # tokens: many callers allow far more than they get
 
 
 def worker_for(books: Books, model: Model, request: Request, now: float) -> WorkerState | None:
@@ -20,14 +25,32 @@ def worker_for(books: Books, model: Model, request: Request, now: float) -> Work
         return home
     if len(able) == 1:
         return able[0]
-    chosen = choose(
-        Candidate(
-            worker=worker.view.id,
-            outstanding_tokens=worker.outstanding,
-            is_healthy=worker.view.is_healthy,
-            was_tried=worker.view.id in request.tried,
-        )
-        for worker in able
-    )
+    if request.prefixes and model.line.fairness.affinity:
+        # Of whom too little was seen, it is taken to be like another.
+        known = next((worker.pace for worker in able if worker.pace.can_tell), None)
+        candidates = [_with_cache(worker, request, worker.pace if worker.pace.can_tell else known) for worker in able]
+    else:
+        candidates = [_by_load(worker, request) for worker in able]
+    chosen = choose(candidates)
     assert chosen is not None
     return books.workers[chosen]
+
+
+def _by_load(worker: WorkerState, request: Request) -> Candidate:
+    return Candidate(
+        worker=worker.view.id,
+        outstanding_tokens=worker.outstanding,
+        is_healthy=worker.view.is_healthy,
+        was_tried=worker.view.id in request.tried,
+        legs_lost=max(0, worker.most_legs - worker.capped(worker.num_urgent + 1)) if request.is_urgent else 0,
+    )
+
+
+def _with_cache(worker: WorkerState, request: Request, pace: Pace | None) -> Candidate:
+    fresh = max(0, request.context - worker.warmth.saved(request.prefixes))
+    seconds = None
+    if pace is not None:
+        prefill_s, step_s = pace.prefill(fresh), pace.step(worker.num_running + 1)
+        if prefill_s is not None and step_s is not None:
+            seconds = prefill_s + step_s * min(request.remaining, _USUAL_ANSWER)
+    return msgspec.structs.replace(_by_load(worker, request), fresh_tokens=fresh, seconds=seconds)

@@ -12,6 +12,7 @@ from routing.fairness.running import Running
 from routing.scheduler.effects import CutFor
 from routing.scheduler.events import Submit, WorkerView
 from routing.scheduler.pace import Pace
+from routing.scheduler.warmth import Warmth
 
 FOREVER = float("inf")
 
@@ -42,6 +43,7 @@ class Request(Waiting):
         "is_committed",
         "is_pinned",
         "is_settled",
+        "is_urgent",
         "leg",
         "model_index",
         "models",
@@ -50,6 +52,7 @@ class Request(Waiting):
         "num_legs",
         "owed",
         "pays_again",
+        "prefixes",
         "prompt_tokens",
         "queue_timeout",
         "spent",
@@ -62,7 +65,14 @@ class Request(Waiting):
 
     def __init__(self, event: Submit, account: Account, number: int) -> None:
         super().__init__(
-            event.request, account, rank=event.rank, program=event.program, number=number, arrived_at=event.now
+            event.request,
+            account,
+            rank=event.rank,
+            program=event.program,
+            number=number,
+            arrived_at=event.now,
+            role=event.role,
+            deadline_s=event.deadline_s,
         )
         self.models = event.models
         self.tokens_estimate = event.tokens_estimate
@@ -70,6 +80,8 @@ class Request(Waiting):
         self.queue_timeout = event.queue_timeout
         self.weight = event.weight
         self.is_pinned = event.is_pinned
+        self.is_urgent = event.is_urgent
+        self.prefixes = event.prefixes
         self.deadline = FOREVER
         self.waits_since = event.now
         self.model_index = 0
@@ -110,10 +122,12 @@ class Request(Waiting):
 class Leg:
     """One run of a request. ``breaker``: of the worker as it was at the start, since a leg's end says nothing of a
     later incarnation. ``ran``: tokens that it has delivered. ``context``: tokens that it began with, of which
-    ``resumed`` were of the answer. ``load``: legs on the worker when it started. ``has_begun``: its prompt is done;
-    ``is_told``: the engine has said what it prefilled. ``goes_on_after``: why the leg before it was cut, if it was.
-    ``kv_tokens``: what it takes of the engine's memory, beside what others have there anyway. ``again``: tokens
-    computed again that have been paid for, and ``pays_again`` that its tenant pays."""
+    ``resumed`` were of the answer, and ``saved`` were probably in the worker's cache. ``load``: legs on the worker when
+    it started. ``has_begun``: its prompt is done; ``is_told``: the engine has said what it prefilled.
+    ``goes_on_after``: why the leg before it was cut, if it was. ``kv_tokens``: what it takes of the engine's memory,
+    beside what others have there anyway. ``again``: tokens computed again that have been paid for, and ``pays_again``
+    that its tenant pays. ``leads``: beginnings of prompts that it computes as the first one there, and ``followers``
+    the requests that wait for that."""
 
     __slots__ = (
         "again",
@@ -121,6 +135,7 @@ class Leg:
         "context",
         "cut_for",
         "first_at",
+        "followers",
         "goes_on_after",
         "has_begun",
         "id",
@@ -128,12 +143,14 @@ class Leg:
         "is_told",
         "is_trial",
         "kv_tokens",
+        "leads",
         "load",
         "outstanding",
         "pays_again",
         "ran",
         "request",
         "resumed",
+        "saved",
         "started_at",
         "worker",
     )
@@ -142,7 +159,8 @@ class Leg:
         self.id = name
         self.request = request
         self.worker = worker
-        self.outstanding = request.tokens_estimate
+        self.saved = min(worker.warmth.saved(request.prefixes), request.context)
+        self.outstanding = max(0, request.tokens_estimate - self.saved)
         self.has_begun = False
         self.goes_on_after = request.cut_for
         self.pays_again, request.pays_again = request.pays_again, False
@@ -159,6 +177,8 @@ class Leg:
         self.load = worker.num_running + 1
         self.ran = 0
         self.cut_for: CutFor | None = None
+        self.leads: tuple[int, ...] = ()
+        self.followers: list[Request] = []
 
     @property
     def num_cuts(self) -> int:
@@ -174,7 +194,7 @@ class Leg:
         """Its prompt is done."""
         if not self.has_begun:
             self.has_begun = True
-            self.deliver(self.context)
+            self.deliver(self.context - self.saved)
 
     def deliver(self, tokens: int) -> None:
         """So many tokens, of the prompt or of the answer, are no longer outstanding."""
@@ -192,7 +212,7 @@ class Leg:
         worker = self.worker
         if worker.would_be_full(self.kv_tokens):
             return False
-        return worker.is_usable and worker.num_running <= worker.view.max_inflight and worker.breaker.open_until is None
+        return worker.is_usable and worker.num_running <= worker.most_legs and worker.breaker.open_until is None
 
     def resume_tokens(self) -> int:
         """Return how many tokens will probably be computed again when the request goes on."""
@@ -202,7 +222,9 @@ class Leg:
 class WorkerState:
     """``outstanding``: tokens its legs may still deliver. ``num_cutting``: legs that were cut for another's sake and
     have not ended. ``num_held``: free slots that are kept for legs on their way here. ``kv_tokens``: what its
-    legs take of its engine's memory. ``fresh``: the share of a prompt that was not in its cache already, so far."""
+    legs take of its engine's memory. ``fresh``: the share of a prompt that was not in its cache already, so far.
+    ``warmth``: what its cache probably holds; ``leaders``: by their digests the beginnings that are being computed.
+    ``num_urgent``: legs whose answers somebody reads; ``step_target``: in seconds, what a token of those may take."""
 
     def __init__(self, view: WorkerView) -> None:
         self.view = view
@@ -216,6 +238,16 @@ class WorkerState:
         self.legs: dict[LegId, Leg] = {}
         self.resume_cost = ResumeCost()
         self.pace = Pace()
+        self.warmth = Warmth()
+        self.leaders: dict[int, Leg] = {}
+        self.num_urgent = 0
+        self.step_target = 0.0
+
+    def begin_anew(self) -> None:
+        """Another engine runs under its name: what was known of the one before says nothing of it."""
+        self.breaker = Breaker()
+        self.warmth.clear()
+        self.leaders.clear()
 
     @property
     def is_usable(self) -> bool:
@@ -228,7 +260,21 @@ class WorkerState:
         view = self.view
         if not view.is_ready or view.is_draining or (view.kv_tokens is not None and self.is_full):
             return 0
-        return view.max_inflight - self.num_running - self.num_held
+        return self.most_legs - self.num_running - self.num_held
+
+    @property
+    def most_legs(self) -> int:
+        """How many legs it is given: as many as it takes, or while an urgent one runs, so many that its tokens come as
+        soon as was promised, as far as that is known; never fewer than the urgent ones and one more."""
+        if not self.num_urgent or not self.step_target:
+            return self.view.max_inflight
+        return self.capped(self.num_urgent)
+
+    def capped(self, num_urgent: int) -> int:
+        """Return how many legs it is given while so many urgent ones run."""
+        able = self.pace.most_legs(self.step_target) if self.step_target else None
+        most = self.view.max_inflight
+        return most if able is None else min(most, max(able, num_urgent + 1))
 
     @property
     def is_full(self) -> bool:
@@ -265,10 +311,18 @@ class Model:
 
     def refresh(self, worker: WorkerState) -> None:
         """Note whether the worker, which is the model's, has room now."""
+        worker.step_target = self.line.fairness.step_target
         if worker.room > 0:
             self.with_room[worker.view.id] = worker
         else:
             self.with_room.pop(worker.view.id, None)
+
+    def keep_slot(self, request: Request, worker: WorkerState) -> None:
+        """Keep a slot of the worker, which has room, for the request."""
+        request.target = worker
+        worker.num_held += 1
+        self.num_held += 1
+        self.refresh(worker)
 
     @property
     def has_hope(self) -> bool:

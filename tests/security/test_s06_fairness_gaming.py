@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.chat import Call, Endpoint
+from core.chat import Call, Endpoint, Prefix, Role
 from core.errors import InvalidRequest
 from core.ids import ModelName, RequestId, TenantId, new_request_id
 from gateway.auth import Principal
@@ -125,8 +125,18 @@ def that_must_not_be_cut(town: Town) -> Iterator[None]:
         yield
 
 
+def in_a_hurry(town: Town) -> Iterator[None]:
+    """All are late, read by somebody, and the last step of a run that began long ago."""
+    while True:
+        keep_waiting(
+            town, GREEDY, 8, rank=0, program="old", deadline_s=0.01, role=Role(10**6, 0.0), is_urgent=True,
+            prefixes=(Prefix(1, 1000),),
+        )  # fmt: skip
+        yield
+
+
 ATTACKS: list[Attack] = [
-    in_many_programs, in_a_crowd, in_crumbs, that_lie_of_their_length, that_leave_early, that_come_and_go,
+    in_a_hurry, in_many_programs, in_a_crowd, in_crumbs, that_lie_of_their_length, that_leave_early, that_come_and_go,
     that_come_whenever_nobody_looks, that_must_not_be_cut,
 ]  # fmt: skip
 
@@ -147,7 +157,7 @@ def test_no_slicing_of_requests_gets_more_than_a_share(attack: Attack, policy: s
     assert town.bound < 0.2 * sum(town.given.values()), "else nothing is shown"
 
 
-@pytest.mark.parametrize("attack", [in_a_crowd, in_many_programs, that_come_and_go])
+@pytest.mark.parametrize("attack", [in_a_crowd, in_many_programs, that_come_and_go, in_a_hurry])
 def test_hurry_gets_no_more_than_a_share(attack: Attack) -> None:
     """Targets let a request go before its turn, and not for a tenant that is ahead."""
     town = play(attack, fairness=msgspec.structs.replace(FAIRNESS, targets=(0.05, 0.05, 0.05), rescue_share=1.0))
@@ -212,6 +222,10 @@ _TRICK = st.fixed_dictionaries(
         "program": st.sampled_from(["", "a", "b", "c"]),
         "rank": st.integers(0, 2),
         "is_pinned": st.booleans(),
+        "is_urgent": st.booleans(),
+        "deadline_s": st.sampled_from([None, 0.01, 5.0]),
+        "role": st.sampled_from([None, Role(10**6, 0.0), Role(0.0, 60.0)]),
+        "prefixes": st.sampled_from([(), (Prefix(1, 1000),), (Prefix(1, 1000), Prefix(2, 2000))]),
     }
 )
 
@@ -285,8 +299,8 @@ def test_a_request_belongs_to_the_tenant_of_its_key_whatever_it_says(more: dict[
         assert "priority" not in call.body
 
 
-@pytest.mark.parametrize("name", ["weight", "tenant", "priority", "deadline_ms", "objective", "credit"])
-def test_a_request_cannot_give_itself_weight_or_hurry(name: str) -> None:
+@pytest.mark.parametrize("name", ["weight", "tenant", "priority", "credit"])
+def test_a_request_cannot_give_itself_weight_or_credit(name: str) -> None:
     caller = Principal.of(key(), tenant())
     with pytest.raises(InvalidRequest):
         call_of(caller, forebay={name: 5})

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from core.ids import LegId, ModelName, RequestId, TenantId, WorkerId
 from routing.fairness.policy import Fairness
@@ -55,7 +56,9 @@ class Town:
         self._leaving: dict[LegId, bool] = {}
         self._longest_prompt = self._longest_answer = 0
         self.scheduler = Scheduler(Limits(queue=10**6, queue_per_tenant=10**6), {MODEL: fairness})
-        view = WorkerView(WorkerId("w"), MODEL, is_ready=True, is_healthy=True, may_return=True, max_inflight=slots)
+        view = WorkerView(
+            WorkerId("w"), MODEL, is_ready=True, is_healthy=True, may_return=True, max_inflight=slots, kv_tokens=10**9
+        )
         self._feed(Worker(view, self.now))
 
     def submit(
@@ -70,9 +73,10 @@ class Town:
         rank: int = 1,
         weight: float = 1.0,
         is_pinned: bool = False,
+        **hints: Any,
     ) -> RequestId:
         """Ask for an answer of ``length`` tokens. ``told``: the prompt as the gateway guesses it from its bytes;
-        ``estimate``: the longest answer that the request allows."""
+        ``estimate``: the longest answer that the request allows; ``hints``: what else it says of itself."""
         request = RequestId(f"r{len(self.jobs)}")
         self.jobs[request] = Job(TenantId(tenant), prompt, length)
         self._longest_prompt = max(self._longest_prompt, prompt)
@@ -91,6 +95,7 @@ class Town:
                 weight=weight,
                 program=program,
                 is_pinned=is_pinned,
+                **hints,
             )
         )
         return request

@@ -95,6 +95,7 @@ async def test_a_slot_is_held_to_be_parked_while_the_engine_still_works_on_it() 
     assert left is not None
     book.leave(left, has_ended=False)
     async with book.parked(A, RequestId("one")) as slot:
+        assert slot is not None
         assert slot == left.slot
         assert take(book, B).slot != slot
         assert book.is_leaving(A, RequestId("one"))

@@ -73,7 +73,10 @@ def test_a_fault_is_told_with_its_place(section: dict[str, Any], place: str) -> 
     assert place in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [name for name in Fairness.__struct_fields__ if name not in {"policy", "targets"}])
+NUMBERS = [name for name in Fairness.__struct_fields__ if type(getattr(Fairness(), name)) in {int, float}]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1e-4, 1.0, 2.0, 59.0, 61.0, 1e6 + 1, 1e9, 1e9 + 1])
 def test_what_the_settings_take_the_scheduler_takes(name: str, value: float) -> None:
     number = int(value) if isinstance(getattr(Fairness(), name), int) else value
@@ -86,6 +89,13 @@ def test_what_the_settings_take_the_scheduler_takes(name: str, value: float) -> 
     else:
         assert found == wanted
         assert found.problem() is None
+
+
+@pytest.mark.parametrize("name", ["run_order", "affinity", "waves"])
+def test_what_can_be_switched_off_is_off_for_the_scheduler(name: str) -> None:
+    assert fairness_of(settings_of(fairness={name: False}).fairness) == msgspec.structs.replace(
+        Fairness(), **{name: False}
+    )
 
 
 def test_a_tenant_s_weight_goes_with_each_of_its_calls() -> None:

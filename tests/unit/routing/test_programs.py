@@ -2,6 +2,7 @@
 
 import msgspec
 
+from core.chat import Role
 from core.ids import RequestId
 from routing.fairness.programs import HALF_LIFE_S, LEVEL_S, RANK_S, REMEMBERED, Ladder, Programs
 
@@ -12,21 +13,24 @@ class Call(msgspec.Struct):
     rank: int
     number: int
     arrived_at: float
+    role: Role | None = None
 
 
 class Tenant:
     """Calls of one tenant; the ladder has seen enough calls of service 100."""
 
-    def __init__(self, *, is_flat: bool = False) -> None:
+    def __init__(self, *, is_flat: bool = False, knows_runs: bool = True) -> None:
         self.ladder = Ladder()
         for _ in range(Ladder.SKIPPED):
             self.ladder.observe(100)
-        self.programs: Programs[Call] = Programs(self.ladder, is_flat=is_flat)
+        self.programs: Programs[Call] = Programs(self.ladder, is_flat=is_flat, knows_runs=knows_runs)
         self.number = 0
 
-    def call(self, program: str = "", rank: int = 0, at: float = 0.0, *, front: bool = False) -> Call:
+    def call(
+        self, program: str = "", rank: int = 0, at: float = 0.0, *, front: bool = False, role: Role | None = None
+    ) -> Call:
         self.number += 1
-        made = Call(RequestId(f"{program}{self.number}"), program, rank, self.number, at)
+        made = Call(RequestId(f"{program}{self.number}"), program, rank, self.number, at, role)
         self.programs.open(program, at)
         self.programs.push(made, front=front)
         return made
@@ -131,3 +135,46 @@ def test_no_more_programs_are_remembered_than_a_bound() -> None:
         tenant.served(f"p{index}", 1)
 
     assert len(tenant.programs._known) == REMEMBERED
+
+
+def test_a_call_of_a_run_counts_as_if_it_had_waited_since_the_run_began() -> None:
+    tenant = Tenant()
+    tenant.call("chat", at=5.0)
+    tenant.call("run", at=10.0, role=Role(age_s=6.0))
+
+    assert tenant.order() == ["run2", "chat1"]
+
+
+def test_of_runs_of_one_age_the_one_with_less_before_it_goes_first() -> None:
+    tenant = Tenant()
+    tenant.call("long", role=Role(0.0, 9.0))
+    tenant.call("short", role=Role(0.0, 3.0))
+
+    assert tenant.order() == ["short2", "long1"]
+
+
+def test_inside_a_run_the_call_with_the_longest_path_behind_it_goes_first() -> None:
+    tenant = Tenant()
+    for remaining_s in (1.0, 5.0, 3.0):
+        tenant.call("run", role=Role(0.0, remaining_s))
+    tenant.call("run", role=Role(0.0, 1.0), front=True)
+
+    assert tenant.order() == ["run4", "run2", "run3", "run1"]
+
+
+def test_a_run_whose_longest_call_has_started_goes_by_what_is_left() -> None:
+    tenant = Tenant()
+    tenant.call("run", role=Role(0.0, 9.0))
+    tenant.call("run", role=Role(0.0, 1.0))
+    tenant.call("other", role=Role(0.0, 5.0))
+    tenant.programs.remove(tenant.programs.first() or tenant.call())
+    assert tenant.order() == ["run1", "run2"]
+
+
+def test_what_runs_have_before_them_can_be_left_out_of_it() -> None:
+    for tenant in (Tenant(knows_runs=False), Tenant(is_flat=True)):
+        tenant.call("chat", at=5.0)
+        tenant.call("run", at=10.0, role=Role(60.0, 1.0))
+        tenant.call("run", at=10.0, role=Role(60.0, 9.0))
+
+        assert tenant.order() == ["chat1", "run2", "run3"]

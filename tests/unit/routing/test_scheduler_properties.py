@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from core.chat import Prefix, Role
 from core.ids import ModelName
 from routing.fairness.policy import Fairness, Policy
 from routing.scheduler import Cause, Effect, Event, Limits, Scheduler, Start
@@ -27,6 +28,7 @@ CAUSES: tuple[Cause, ...] = (
     "hurried",
     "aborted",
 )
+SHORT, LONG, OTHER = Prefix(1, 100), Prefix(2, 1000), Prefix(3, 2000)
 LIMITS = Limits(queue=5, queue_per_tenant=3, attempts=2, max_retry_after=10.0)
 
 
@@ -40,7 +42,14 @@ class AnyHistory(RuleBasedStateMachine):
     @initialize(policy=st.sampled_from(POLICIES))
     def begin(self, policy: Policy) -> None:
         fairness = Fairness(
-            policy=policy, threshold=20, credit=10, quantum=5, penalty=1, waste_share=1.0, targets=(1.0,)
+            policy=policy,
+            threshold=20,
+            credit=10,
+            quantum=5,
+            penalty=1,
+            waste_share=1.0,
+            targets=(1.0,),
+            step_target=0.01,
         )
         both = {ModelName("m"): fairness, ModelName("n"): fairness}
         self.world = World(view("m-0", slots=2), view("m-1"), view("n-0"), limits=LIMITS, fairness=both)
@@ -57,6 +66,10 @@ class AnyHistory(RuleBasedStateMachine):
                 "rank": st.integers(0, 2),
                 "program": st.sampled_from(["", "p", "q"]),
                 "weight": st.sampled_from([0.5, 1.0, 3.0]),
+                "role": st.sampled_from([None, None, Role(0.0, 5.0), Role(60.0, 1.0)]),
+                "prefixes": st.sampled_from([(), (), (SHORT,), (SHORT, LONG), (LONG, OTHER)]),
+                "deadline": st.sampled_from([None, None, 1.0, 30.0]),
+                "urgent": st.booleans(),
             }
         ),
     )

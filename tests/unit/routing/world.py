@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from core.chat import Prefix, Role
 from core.ids import LegId, ModelName, RequestId, TenantId, WorkerId
 from routing.fairness.account import Place
 from routing.fairness.policy import Fairness
@@ -83,6 +84,10 @@ class World:
         rank: int = 0,
         program: str = "",
         weight: float = 1.0,
+        role: Role | None = None,
+        prefixes: tuple[Prefix, ...] = (),
+        deadline: float | None = None,
+        urgent: bool = False,
     ) -> list[Effect]:
         event = Submit(
             request=RequestId(request),
@@ -96,6 +101,10 @@ class World:
             weight=weight,
             program=program,
             is_pinned=pinned,
+            role=role,
+            prefixes=prefixes,
+            deadline_s=deadline,
+            is_urgent=urgent,
         )
         self.requests[event.request] = event
         return self.feed(event)
@@ -147,9 +156,12 @@ class World:
             return 0.0
         return BUSY_PAUSE_S * 2.0 ** (self._attempts[start.request, start.model] - 1)
 
-    def first_token(self, leg: str, prefilled: int | None = None) -> None:
+    def first_token(self, leg: str, prefilled: int | None = None) -> list[Effect]:
         self.committed.add(self.running[LegId(leg)].request)
-        assert self.feed(FirstToken(leg=LegId(leg), now=self.now, prefilled=prefilled)) == []
+        is_followed = bool(self.scheduler._books.legs[LegId(leg)].followers)
+        effects = self.feed(FirstToken(leg=LegId(leg), now=self.now, prefilled=prefilled))
+        assert is_followed or not effects
+        return effects
 
     def tokens(self, leg: str, num: int) -> list[Effect]:
         self.ran[LegId(leg)] += num
@@ -300,6 +312,9 @@ class World:
             for view in self.views.values():
                 worker = self.scheduler._books.workers[view.id]
                 is_able = view.model == state.model and worker.room > 0 and worker.breaker.allows(self.now)
+                if state.place is Place.FOLLOWING:
+                    assert any(state in leg.followers for leg in self.scheduler._books.legs.values())
+                    continue
                 assert not (is_able and self.now >= state.not_before), f"{request} waits, and {view.id} has room"
 
     # Views

@@ -18,6 +18,7 @@ from semantic_vars.events import (
     Errand,
     Event,
     Failed,
+    Prefill,
     Request,
     Resolved,
     Retried,
@@ -84,7 +85,8 @@ class Run:
         self.retried: list[Retried] = []
         self.resolved: dict[str, State] = {}
         self.ended: list[State] = []
-        self.executor = Executor(given, Guess(), facts=self.log, **rest)
+        self.prefilled: dict[str, Request] = {}
+        self.executor = Executor(given, Guess(), facts=self.log, **{"prefills": True, **rest})
         self._take(self.executor.begin(self.now))
 
     def on(self, event: Event) -> None:
@@ -98,6 +100,10 @@ class Run:
                     assert effect.call not in self.started
                     self.started[effect.call] = effect
                     self.starts.append(effect.call)
+                case Prefill():
+                    assert effect.call not in self.prefilled
+                    assert effect.call not in self.starts, "it needs that no more"
+                    self.prefilled[effect.call] = effect.work
                 case Abort():
                     self.aborted[effect.call, effect.epoch] = self.started.pop(effect.call)
                     assert self.aborted[effect.call, effect.epoch].epoch == effect.epoch

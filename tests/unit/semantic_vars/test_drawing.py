@@ -354,3 +354,23 @@ def test_texts_are_readable_on_light_and_dark_backgrounds() -> None:
     fills = {one.attrib["fill"] for one in root.iter(f"{SVG}rect")}
     assert len(fills) == len(states) - 1  # skipped is dashed
     assert all(_contrast(INK, fill) > 7 for fill in fills)
+
+
+def test_what_is_critical_has_a_thick_border_and_says_so() -> None:
+    loop = {
+        "kind": "loop", "id": "l", "state": {"s": "{{given}}"}, "calls": [llm("b", "{{s}}")], "next": {"s": "{{b}}"},
+        "until": True, "result": "{{b}}", "max_iterations": 3,
+    }  # fmt: skip
+    nodes = read(
+        workflow(loop, llm("m", "{{item}}", foreach=["{{l}}"]), llm("o", "x"), variables={"given": {"value": 1}})
+    )
+    critical = frozenset({"l#2/b", "m[7]", "given"})
+    boxes = as_json(nodes, {}, critical)["nodes"]
+    assert {one["id"] for one in boxes if one["critical"]} == {"l#*/b", "m", "$given"}
+    root = ElementTree.fromstring(svg(nodes, {}, critical))
+    thick = {one.attrib["data-path"] for one in parts(root, "data-path") if one[1].attrib["stroke-width"] == "5"}
+    assert thick == {"l#*/b", "m", "$given"}
+    assert "on the critical path" in (parts(root, "data-path")[0][0].text or "")
+    drawn = mermaid(nodes, {}, critical)
+    assert len(re.search(r"class ([n\d,]+) critical", drawn)[1].split(",")) == 3  # type: ignore[index]
+    assert "critical" not in mermaid(nodes, {})
