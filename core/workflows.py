@@ -37,3 +37,18 @@ class RunEvent(msgspec.Struct, frozen=True):
     run: str
     number: int
     body: bytes
+
+
+class RunLetter(msgspec.Struct, frozen=True):
+    """What a gateway asks of another one that has a run, as JSON. A later letter has a higher ``number``."""
+
+    number: int
+    run: str
+    body: bytes
+
+
+class RunAnswer(msgspec.Struct, frozen=True):
+    """What came of the letter of this number, as JSON."""
+
+    number: int
+    body: bytes

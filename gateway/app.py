@@ -16,17 +16,21 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.api.admin import admin_app
+from gateway.api.batches import batch_routes
 from gateway.api.common import WithRequestId, speak_our_errors
 from gateway.api.data import AsgiApp, DataPlane
 from gateway.api.document import describe
+from gateway.api.files import file_routes
 from gateway.api.health import health_routes
 from gateway.api.models import model_routes
+from gateway.api.responses import response_routes
 from gateway.api.workflows import workflow_routes
 from gateway.connection import Connection, close_late
 from gateway.fleet import Localize
 from gateway.live import Live
 from gateway.logs import set_up_logging
 from gateway.metrics import Metrics
+from gateway.responses.service import Responses
 from gateway.services import Services, open_services
 from gateway.settings import Settings, environment
 
@@ -62,8 +66,8 @@ async def serve(
         _listening(settings.server.host, settings.server.port) as data_socket,
         _listening(settings.admin.host, settings.admin.port) as admin_socket,
     ):
-        async with open_services(live, environment(), localize) as services, live:
-            data = _Port(data_app(services), settings)
+        async with open_services(live, environment(), localize) as services, live, responses_of(services) as responses:
+            data = _Port(data_app(services, responses), settings)
             admin = _Port(admin_app(services), settings)
             stop = _stop_signal()
             async with asyncio.TaskGroup() as tasks:
@@ -80,12 +84,20 @@ async def serve(
     _log.info("gateway_stopped")
 
 
-def data_app(services: Services) -> DataPlane:
-    """Return the application of the data port."""
+def responses_of(services: Services) -> Responses:
+    """Return the background responses of a gateway, to be opened."""
+    return Responses(services.runs, lambda: services.runs.alive)
+
+
+def data_app(services: Services, responses: Responses | None = None) -> DataPlane:
+    """Return the application of the data port. Without open ``responses``, none that were left are taken up again."""
     app = FastAPI(title="Forebay", version=version("forebay-server"), redoc_url=None)
     app.include_router(health_routes(services))
     app.include_router(model_routes(services))
     app.include_router(workflow_routes(services))
+    app.include_router(response_routes(services, responses or responses_of(services)))
+    app.include_router(file_routes(services))
+    app.include_router(batch_routes(services))
     speak_our_errors(app)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return DataPlane(

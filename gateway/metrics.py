@@ -7,6 +7,7 @@ Prometheus's ``instance``, and share nothing.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 
@@ -19,10 +20,13 @@ from core.chat import Usage
 from core.errors import ConnectionLimit, ForebayError, LimitsUnavailable, RateLimited
 from core.records import CLIENT_LEFT, CUTS, RequestRecord
 from core.tenancy import PICO_PER_USD
+from core.workflows import RunState
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+_RUN = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+_COMMIT = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 5000.0)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 _MAX_TENANTS = 50
@@ -79,7 +83,9 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self._traffic = _Traffic()
         self._gauges = _Gauges()
+        self.runs = RunCounts()
         registry.register(self._traffic)
+        registry.register(self.runs)
         registry.register(self._gauges)
         ProcessCollector(registry=registry)
         self.records_dropped = Counter(
@@ -309,6 +315,85 @@ class _Traffic(Collector):
         return family
 
 
+class RunCounts(Collector):
+    """Counts runs of workflows and their calls, as those tell it that make them."""
+
+    def __init__(self) -> None:
+        self._num_watchers = 0
+        self._num_accepted = 0
+        self._num_open = 0
+        self._ended: dict[tuple[str, ...], int] = {}
+        self._started: dict[tuple[str, ...], int] = {}
+        self._calls_ended: dict[tuple[str, ...], int] = {}
+        self._retried: dict[tuple[str, ...], int] = {}
+        self._duration = _Distribution(_RUN)
+        self._commits = _Distribution(_COMMIT)
+
+    def accepted(self) -> None:
+        """Count a run that was submitted."""
+        self._num_accepted += 1
+
+    def opened(self) -> None:
+        """Note that this gateway has a run under way."""
+        self._num_open += 1
+
+    def closed(self) -> None:
+        """Note that it has it no more."""
+        self._num_open -= 1
+
+    def ended(self, state: RunState) -> None:
+        """Count the end of a run; one that was appended to may have several."""
+        _add(self._ended, (state,))
+
+    def run_lasted(self, seconds: float) -> None:
+        """Note how long a run has taken from its submission to its first end."""
+        self._duration.observe(max(0.0, seconds))
+
+    def call_started(self, kind: str) -> None:
+        """Count a call that has begun, once however often it is tried."""
+        _add(self._started, (kind,))
+
+    def call_ended(self, kind: str, state: str) -> None:
+        """Count a call that has its outcome."""
+        _add(self._calls_ended, (kind, state))
+
+    def call_retried(self, kind: str) -> None:
+        """Count an attempt that has failed, and is followed by another."""
+        _add(self._retried, (kind,))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count a stream of events as open, while inside."""
+        self._num_watchers += 1
+        try:
+            yield
+        finally:
+            self._num_watchers -= 1
+
+    def committed(self, num_events: int) -> None:
+        """Note how many events were written at once."""
+        self._commits.observe(num_events)
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the metrics."""
+        yield CounterMetricFamily("forebay_runs_accepted", "Runs of workflows that were submitted.", self._num_accepted)
+        yield GaugeMetricFamily("forebay_runs_open", "Runs that this gateway has under way.", self._num_open)
+        yield _counter("forebay_runs_ended", "Runs that have ended, by how.", ("state",), self._ended)
+        duration = HistogramMetricFamily("forebay_run_duration_seconds", "Submission to first end of a run.", labels=())
+        self._duration.add_to(duration, ())
+        yield duration
+        yield _counter("forebay_run_calls_started", "Calls of runs that have begun.", ("kind",), self._started)
+        ended = "Calls of runs that were begun and have ended, by how."
+        yield _counter("forebay_run_calls_ended", ended, ("kind", "state"), self._calls_ended)
+        yield _counter("forebay_run_calls_retried", "Attempts that were followed by another.", ("kind",), self._retried)
+        yield GaugeMetricFamily("forebay_run_watchers", "Streams of events that are open.", self._num_watchers)
+        commits = HistogramMetricFamily(
+            "forebay_run_commit_events", "Events of runs that were written in one transaction.", labels=()
+        )
+        self._commits.add_to(commits, ())
+        yield commits
+
+
 class _Gauges(Collector):
     """Shows what is read when somebody looks."""
 
@@ -340,11 +425,13 @@ class _Gauges(Collector):
         yield _gauge("forebay_config_info", "The settings in force.", ("revision",), {(vitals.revision,): 1})
         yield _gauge("forebay_build_info", "What runs.", ("version",), {(self._version,): 1})
         yield CounterMetricFamily(
-            "forebay_traces_exported", "Traces of requests that the collector took.", vitals.num_traces_exported
+            "forebay_traces_exported",
+            "Requests, runs and calls of runs whose spans the collector took.",
+            vitals.num_traces_exported,
         )
         yield CounterMetricFamily(
             "forebay_traces_dropped",
-            "Traces lost: the queue was full, or the collector did not take them.",
+            "Of these, those lost: the queue was full, or the collector did not take them.",
             vitals.num_traces_dropped,
         )
 

@@ -1,8 +1,8 @@
 """Spans of finished requests, by OTLP over HTTP, under the names of OpenTelemetry's conventions for generative AI.
 
 Of a request there are: a server span ``chat MODEL``, below it ``queue`` while it waited for its first worker, and a
-client span for each leg, whose id its engine was told. The library takes 0.2 s to import, so that only who traces
-imports this module.
+client span for each leg, whose id its engine was told. What comes as a span is sent as it is. The library takes 0.2 s
+to import, so that only who traces imports this module.
 """
 
 import logging
@@ -23,7 +23,7 @@ from core.chat import Endpoint
 from core.records import CLIENT_LEFT, CUTS, LegRecord, RequestRecord
 from core.spans import span_of_leg
 from core.tenancy import PICO_PER_USD
-from gateway.tracing import Finished, Trace
+from gateway.tracing import Finished, Span, Trace
 
 _TIMEOUT_S = 1.5  # of one batch: below what a shutdown grants
 _PATH = "/v1/traces"
@@ -63,18 +63,26 @@ class Exporter:
         self._engine_of = engine_of
 
     def __call__(self, finished: Sequence[Finished]) -> bool:
-        """Send the spans of these requests; whether the collector took them. Takes 1.5 s at most."""
-        spans = [span for record, trace in finished for span in self._spans(record, trace)]
+        """Send the spans of all this; whether the collector took them. Takes 1.5 s at most."""
+        spans: list[ReadableSpan] = []
+        for one, trace in finished:
+            spans += [self._part(one, trace)] if isinstance(one, Span) else self._spans(one, trace)
         return self._exporter.export(spans) is SpanExportResult.SUCCESS
 
     def close(self) -> None:
         """Close connections; an export that waits to try again gives up."""
         self._exporter.shutdown()  # type: ignore[no-untyped-call]
 
+    def _part(self, span: Span, trace: Trace) -> ReadableSpan:
+        own = _context(trace.trace_id, trace.span_id)
+        times = (span.began_at, span.ended_at)
+        attributes = dict(span.attributes)
+        return self._span(span.name, own, _parent(trace), times, attributes, kind=SpanKind.INTERNAL, error=span.error)
+
     def _spans(self, record: RequestRecord, trace: Trace) -> list[ReadableSpan]:
         started_at = record.time - record.duration_s
         operation = _OPERATIONS[Endpoint(record.endpoint)]
-        parent = _context(trace.trace_id, trace.parent_id, is_remote=True) if trace.parent_id is not None else None
+        parent = _parent(trace)
         own = _context(trace.trace_id, trace.span_id)
         error = "client_disconnect" if record.status == CLIENT_LEFT else record.error
         spans = [
@@ -178,6 +186,10 @@ class Exporter:
 
 def _name(operation: str, model: str | None) -> str:
     return f"{operation} {model}" if model is not None else operation
+
+
+def _parent(trace: Trace) -> SpanContext | None:
+    return _context(trace.trace_id, trace.parent_id, is_remote=True) if trace.parent_id is not None else None
 
 
 def _context(trace_id: int, span_id: int, *, is_remote: bool = False) -> SpanContext:

@@ -4,11 +4,11 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import msgspec
 
-from core.chat import CLASSES, Call, CallContext, Class, Endpoint, Timeouts
+from core.chat import CLASSES, Call, CallContext, Class, Endpoint, Objective, Timeouts
 from core.errors import InvalidJson, InvalidRequest, UnknownModel, UnsupportedParameter
 from core.ids import ModelName, RequestId
 from core.tenancy import Ceilings
@@ -24,10 +24,13 @@ _DEFAULT_ANSWER_TOKENS = 256
 
 # Keys of the "forebay" object. What is not built yet is refused by name, so that nobody believes it works.
 _LABELS = ("end_user", "session", "program", "run", "stage")
-_BUILT = (*_LABELS, "timeouts", "fallbacks", "class")
-_PLANNED = ("cache", "objective", "deadline_ms", "route", "examples", "kv")
-_TIERS: dict[Any, Class] = {"priority": "interactive", "flex": "batch"}  # OpenAI's names for the same wish
+_BUILT = (*_LABELS, "timeouts", "fallbacks", "class", "objective", "deadline_ms")
+_PLANNED = ("cache", "route", "examples", "kv")
+_CHOICES: dict[str, tuple[str, ...]] = {"class": CLASSES, "objective": get_args(Objective)}
+_LONGEST_DEADLINE_MS = 86_400_000
 _TIMEOUTS = Timeouts.__struct_fields__
+TIERS: dict[Any, Class] = {"priority": "interactive", "flex": "batch"}
+"""Classes by ``service_tier``, OpenAI's name for the same wish."""
 
 _LIMIT_FIELDS: dict[Endpoint, tuple[str, ...]] = {
     Endpoint.CHAT: ("max_completion_tokens", "max_tokens"),
@@ -106,7 +109,7 @@ def read_call(
     check_ceilings(body, endpoint, ceilings, len(raw))
     limit = _answer_limit(body, endpoint)
     stream = _check_stream(body) and endpoint is not Endpoint.EMBEDDINGS  # which no engine streams
-    options = _own_options(body, headers)
+    options = own_options(body, headers)
     # `priority` orders within a tenant and belongs to the scheduler; no engine may see it.
     body.pop("priority", None)
     traceparent = headers.get(b"traceparent")
@@ -123,6 +126,8 @@ def read_call(
             stage=options.get("stage"),
             urgency=_urgency(options, body, principal),
             weight=principal.tenant_spec.weight,
+            objective=options.get("objective"),
+            deadline_s=options["deadline_ms"] / 1000 if "deadline_ms" in options else None,
         )
         if options or "user" in body or "safety_identifier" in body or "service_tier" in body
         else CallContext(
@@ -225,19 +230,23 @@ def _end_user(body: Mapping[str, Any]) -> str | None:
     return user[:128] if isinstance(user, str) else None
 
 
-def _own_options(body: dict[str, Any], headers: Mapping[bytes, bytes]) -> dict[str, Any]:
-    """Take Forebay's own options out of the body and the headers; the body wins."""
+def own_options(body: dict[str, Any], headers: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """Take Forebay's own options out of the body and the headers, and return them; the body wins.
+
+    Raises ``InvalidRequest`` that names the key, and the header if that is where it stands.
+    """
     options: dict[str, Any] = {}
     for name, value in headers.items():
         if name.startswith(_HEADER_PREFIX):
             _take_header(options, name[len(_HEADER_PREFIX) :].decode("latin-1").replace("-", "_"), value)
+    own: Any = {}
     if "forebay" in body:
         own = body.pop("forebay")
         if not isinstance(own, dict):
             _wrong("forebay", "an object", own)
         options.update(own)
     for key, value in options.items():
-        _check_option(key, value)
+        _check_option(key, value, is_header=key not in own)
     return options
 
 
@@ -247,6 +256,8 @@ def _take_header(options: dict[str, Any], key: str, value: bytes) -> None:
         options[key] = [part.strip() for part in text.split(",") if part.strip()]
     elif key == "timeouts":
         options[key] = dict(_timeout_pair(part) for part in text.split(",") if part.strip())
+    elif key == "deadline_ms" and text.isascii() and text.isdigit() and len(text) < 10:
+        options[key] = int(text)
     else:
         options[key] = text
 
@@ -261,18 +272,34 @@ def _timeout_pair(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _check_option(key: str, value: Any) -> None:
-    param = f"forebay.{key[:64]}"
-    if key in _PLANNED:
-        raise UnsupportedParameter(f"`{param}` is not available in this version", param=param)
+def _check_option(key: str, value: Any, *, is_header: bool) -> None:
     if key not in _BUILT:
+        told, param = _told(key, is_header=is_header)
+        if key in _PLANNED:
+            raise UnsupportedParameter(f"{told} is not available in this version", param=param)
         near = difflib.get_close_matches(key[:64], _BUILT, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(_BUILT)}"
-        raise UnsupportedParameter(f"`{param}` is unknown; {hint}", param=param)
-    if key == "class" and value not in CLASSES:
-        raise InvalidRequest(f"`{param}` has to be one of {', '.join(CLASSES)}", param=param)
-    if key in _LABELS and not (isinstance(value, str) and 0 < len(value) <= 128):
-        raise InvalidRequest(f"`{param}` has to be a string of 1 to 128 characters", param=param)
+        raise UnsupportedParameter(f"{told} is unknown; {hint}", param=param)
+    if (wanted := _unmet(key, value)) is not None:
+        told, param = _told(key, is_header=is_header)
+        raise InvalidRequest(f"{told} has to be {wanted}", param=param)
+
+
+def _told(key: str, *, is_header: bool) -> tuple[str, str]:
+    """Return how an option is called in a message, and the ``param`` that it is."""
+    param = f"forebay.{key[:64]}"
+    return (f"`{param}` (the header `x-forebay-{key[:64].replace('_', '-')}`)" if is_header else f"`{param}`"), param
+
+
+def _unmet(key: str, value: Any) -> str | None:
+    """Return what an option has to be and is not; ``timeouts`` and ``fallbacks`` are looked at where they are used."""
+    if key in _CHOICES:
+        return None if value in _CHOICES[key] else f"one of {', '.join(_CHOICES[key])}"
+    if key in _LABELS:
+        return None if isinstance(value, str) and 0 < len(value) <= 128 else "a string of 1 to 128 characters"
+    if key == "deadline_ms" and not (type(value) in {int, float} and 0 < value <= _LONGEST_DEADLINE_MS):
+        return f"a number of milliseconds, more than 0 and at most {_LONGEST_DEADLINE_MS:,}"
+    return None
 
 
 def _timeouts(given: Any, model: Timeouts) -> Timeouts:
@@ -293,7 +320,7 @@ def _timeouts(given: Any, model: Timeouts) -> Timeouts:
 def _urgency(options: Mapping[str, Any], body: Mapping[str, Any], principal: Principal) -> Class:
     """Return the class that the request asks for, or the one its key caps it at."""
     tier = body.get("service_tier")
-    wanted: Class = options.get("class") or (_TIERS.get(tier, "standard") if isinstance(tier, str) else "standard")
+    wanted: Class = options.get("class") or (TIERS.get(tier, "standard") if isinstance(tier, str) else "standard")
     return max(wanted, principal.max_class, key=CLASSES.index)
 
 

@@ -19,7 +19,9 @@ from engines.engine import Engine
 from engines.supervisor import Supervisor
 from engines.worker import State, WorkerStatus
 from gateway.admission import Admission
-from gateway.auth import EmptyKeyFile, digest_of, keep_key, new_admin_key
+from gateway.auth import EmptyKeyFile, Principal, digest_of, keep_key, new_admin_key
+from gateway.batches.files import FileService
+from gateway.batches.service import BatchService
 from gateway.books import Books
 from gateway.chat import ChatService
 from gateway.directory import Directory
@@ -32,6 +34,7 @@ from gateway.overlays import Overlays
 from gateway.replicas import Replicas, is_shared, replicas_of
 from gateway.runs.calls import Caller
 from gateway.runs.service import Runs
+from gateway.runs.telling import Telling
 from gateway.runs.work import Worker
 from gateway.settings import BUILT_IN_KEY, FairnessSettings, Settings, SettingsError
 from gateway.spending import Spending
@@ -45,7 +48,9 @@ from routing.catalog import Catalog
 from routing.fairness.policy import Fairness
 from routing.scheduler import Effect, Limits, Scheduler, WorkerView
 from storage.sql.audit import Audit
+from storage.sql.batches import Batches
 from storage.sql.database import FILE_NAME, Database, sqlite_url
+from storage.sql.files import Files
 from storage.sql.ledger import Ledger
 from storage.sql.requests import Requests
 from storage.sql.revisions import Revisions
@@ -68,6 +73,8 @@ class Store(msgspec.Struct, frozen=True):
     audit: Audit
     revisions: Revisions
     workflows: Workflows
+    files: Files
+    batches: Batches
 
     @classmethod
     def of(cls, database: Database, clock: Clock) -> "Store":
@@ -79,6 +86,8 @@ class Store(msgspec.Struct, frozen=True):
             Audit(database),
             Revisions(database),
             Workflows(database),
+            Files(database),
+            Batches(database),
         )
 
 
@@ -101,6 +110,8 @@ class Services(msgspec.Struct, frozen=True):
     chat: ChatService
     egress: Egress
     runs: Runs
+    files: FileService
+    batches: BatchService
     metrics: Metrics
     tracing: Tracing | None
 
@@ -241,11 +252,25 @@ async def open_services(
             model = live.catalog.find(name)
             return admission.price(model.name).cost(usage) if model is not None else 0
 
+        def principal_of(key: str) -> Principal:
+            return directory.keyring.principal(key, clock.wall())
+
         worker = Worker(
-            caller, Tools(egress, ToolLimits()), lambda key: directory.keyring.principal(key, clock.wall()), cost_of
+            caller,
+            Tools(egress, ToolLimits()),
+            principal_of,
+            cost_of,
+            clock,
+            deduces=lambda: live.settings.workflows.objectives,
+            prefills=lambda: live.settings.workflows.eager_prefill,
         )
         owner = keep_key(settings.state_dir / "gateway.id", lambda: secrets.token_hex(8))
-        runs = await stack.enter_async_context(Runs(store.workflows, worker, clock, owner=owner))
+        runs = await stack.enter_async_context(
+            Runs(store.workflows, worker, clock, owner=owner, telling=Telling(metrics.runs, tracing))
+        )
+        batches = await stack.enter_async_context(
+            BatchService(store.batches, store.files, runs, principal_of, clock, owner=owner)
+        )
         yield Services(
             live=live,
             overlays=overlays,
@@ -263,6 +288,8 @@ async def open_services(
             chat=chat,
             egress=egress,
             runs=runs,
+            files=FileService(store.files, clock),
+            batches=batches,
             metrics=metrics,
             tracing=tracing,
         )

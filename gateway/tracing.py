@@ -1,17 +1,20 @@
 """Traces of requests: ids when one begins, a span tree when it has ended, sent in batches off the hot path.
 
 A request that is traced costs an object and two headers' worth of text while it runs. Its spans are made from its
-``RequestRecord`` afterwards, in a thread (``gateway/otlp.py``); they hold what the record holds, and so no content.
+``RequestRecord`` afterwards, in a thread (``gateway/otlp.py``); they hold what the record holds, and so no content. Of
+runs of workflows the spans come as they are (``gateway/runs/spans.py``).
 """
 
 import asyncio
 import random
 import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import msgspec
 import structlog
 
 from core.records import RequestRecord
@@ -23,8 +26,15 @@ _TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-
 _IS_SAMPLED = 1
 
 
+UNTRACED = b"00-%032x-%016x-00" % (1, 1)
+"""A ``traceparent`` under which nothing is traced."""
+
+SUBMITTER: ContextVar[bytes | None] = ContextVar("forebay_submitter", default=None)
+"""The ``traceparent`` of whoever submits a run, while this task serves that."""
+
+
 class Trace(NamedTuple):
-    """The span of one request. ``parent_id`` None: it is the root. ``traceparent`` tells others of it."""
+    """The span of one request or run. ``parent_id`` None: it is the root. ``traceparent`` tells others of it."""
 
     trace_id: int
     span_id: int
@@ -37,11 +47,21 @@ class Trace(NamedTuple):
         return f"{self.trace_id:032x}"
 
 
-Finished = tuple[RequestRecord, Trace]
+class Span(msgspec.Struct, frozen=True):
+    """A span that is complete: of a run, or of one of its calls. Times are Unix seconds."""
+
+    name: str
+    began_at: float
+    ended_at: float
+    attributes: Mapping[str, str | int | float | bool]
+    error: str | None = None
+
+
+Finished = tuple[RequestRecord | Span, Trace]
 
 
 class Tracing:
-    """Decides what is traced, and hands finished requests to ``export``, which is called in a thread and returns
+    """Decides what is traced, and hands what has finished to ``export``, which is called in a thread and returns
     whether the collector took them. ``sample`` returns the part of requests that is traced where no client decides.
 
     An async context manager: leaving it exports what is left, for two seconds at most. A collector that is away costs
@@ -83,15 +103,14 @@ class Tracing:
             trace_id, parent_id, is_sampled = parent
             if not is_sampled:
                 return None
-        span_id = random.getrandbits(64) or 1
-        return Trace(trace_id, span_id, parent_id, b"00-%032x-%016x-01" % (trace_id, span_id))
+        return trace_of(trace_id, random.getrandbits(64) or 1, parent_id)
 
-    def add(self, record: RequestRecord, trace: Trace) -> None:
-        """Queue a finished request; never waits."""
+    def add(self, finished: RequestRecord | Span, trace: Trace) -> None:
+        """Queue a finished request, or a span; never waits."""
         if len(self._queue) >= self.MAX_QUEUE:
             self.num_dropped += 1
         else:
-            self._queue.append((record, trace))
+            self._queue.append((finished, trace))
 
     async def __aenter__(self) -> Self:
         self._loop.start()
@@ -131,6 +150,11 @@ class Tracing:
         elif self._is_away and not is_away:
             _log.info("trace_collector_back", num_dropped=self.num_dropped)
         self._is_away = is_away
+
+
+def trace_of(trace_id: int, span_id: int, parent_id: int | None) -> Trace:
+    """Return the trace of a span of these ids."""
+    return Trace(trace_id, span_id, parent_id, b"00-%032x-%016x-01" % (trace_id, span_id))
 
 
 def _parse(header: bytes) -> tuple[int, int, bool] | None:

@@ -10,7 +10,9 @@ from core.clock import Clock
 from gateway.looping import LoopingCall
 from gateway.settings import SettingsError
 from storage.sql import schema
+from storage.sql.batches import Batches
 from storage.sql.database import Database, StorageUnavailable
+from storage.sql.files import Files
 from storage.sql.requests import Requests
 from storage.sql.workflows import Workflows
 
@@ -22,7 +24,7 @@ class Upkeep:
 
     A database that cannot be reached at start keeps nobody from starting: it is tried again every other second, and
     until then ``is_ready`` is False, and for all others it is as if it were away (``Database.once``). ``retention_s``
-    returns how long request records are kept.
+    returns how long request records are kept, ``runs_retention_s`` how long runs, batches and files.
     """
 
     INTERVAL_S = 2.0
@@ -94,7 +96,9 @@ class Upkeep:
         now = self._clock.wall()
         try:
             pruned = await Requests(self._database).prune(now - self._retention_s(), now=now)
-            pruned += await Workflows(self._database).prune(now - self._runs_retention_s())
+            before = now - self._runs_retention_s()
+            pruned += await Workflows(self._database).prune(before)
+            pruned += await Batches(self._database).prune(before) + await Files(self._database).prune(before)
         except StorageUnavailable as error:
             _log.warning("prune_failed", error=str(error))
             return

@@ -42,6 +42,7 @@ from gateway.live import Live
 from gateway.logs import REQUEST
 from gateway.metrics import Metrics
 from gateway.requests import read_call, request_id_of
+from gateway.responses.question import refers_to_others
 from gateway.tracing import Trace, Tracing
 
 Scope = MutableMapping[str, Any]
@@ -82,6 +83,7 @@ class _Exchange:
         "connection",
         "error",
         "first_byte_at",
+        "handed_over",
         "has_body",
         "has_left",
         "headers",
@@ -111,6 +113,7 @@ class _Exchange:
         self.served: Served | None = None
         self.status = 0
         self.error: ForebayError | None = None
+        self.handed_over: bytes | None = None
         self.has_body = False
         self.has_left = False
         self.is_counted = False
@@ -187,8 +190,11 @@ class DataPlane:
             await self._refuse(endpoint, exchange, InternalError(f"an internal error; its id is {exchange.id}"))
         finally:
             exchange.connection.unwatch()
-            self._close(endpoint, exchange)
+            if exchange.handed_over is None:
+                self._close(endpoint, exchange)
             exchange.forget_error()
+        if exchange.handed_over is not None:
+            await self._others({**scope, "path": endpoint.value}, _again(exchange.handed_over, receive), send)
 
     async def _serve(self, endpoint: Endpoint, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         if scope["method"] != "POST":
@@ -198,6 +204,9 @@ class DataPlane:
         principal.check_endpoint(endpoint)
         raw = await self._read_body(receive, exchange)
         exchange.has_body = True
+        if endpoint is Endpoint.RESPONSES and _is_background(raw):
+            exchange.handed_over = raw  # a run, as those of workflows
+            return
         exchange.call = call = read_call(
             endpoint,
             raw,
@@ -207,6 +216,11 @@ class DataPlane:
             catalog=self._live.catalog,
             is_traced=exchange.trace is not None,
         )
+        if endpoint is Endpoint.RESPONSES and b"resp_" in raw and refers_to_others(call.body):
+            raise InvalidRequest(
+                "a text refers to another response, which only a background response can wait for: set `background`",
+                param="background",
+            )
         self._check_room(principal, call)
         self._num_open[principal.tenant] += 1
         self._num_prompt_tokens[principal.tenant] += call.prompt_tokens_estimate
@@ -389,6 +403,32 @@ class DataPlane:
             self._tracing.add(record, exchange.trace)
         tells_apart = principal is not None and principal.tenant_spec.tells_end_users_apart
         self._books.add(record, end_user=(record.end_user or "") if tells_apart else "")
+
+
+class _Mode(msgspec.Struct):
+    background: Any = None
+
+
+def _is_background(raw: bytes) -> bool:
+    """Whether a body of `/v1/responses` asks for a response in the background. One that cannot be read does not."""
+    if b"background" not in raw:
+        return False
+    try:
+        return msgspec.json.decode(raw, type=_Mode).background is True
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Return what a request is received by whose body has been read, and then whatever follows it."""
+    message: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+    async def receive_again() -> Message:
+        nonlocal message
+        first, message = message, None
+        return first if first is not None else await receive()
+
+    return receive_again
 
 
 async def _read_rest(receive: Receive, message: Message, limit: int, exchange: _Exchange) -> bytes:

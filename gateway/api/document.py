@@ -4,16 +4,16 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from core.chat import Endpoint
+from core.chat import CLASSES, Endpoint
 
 _SUMMARIES = {
     Endpoint.CHAT: "Create a chat completion",
     Endpoint.COMPLETIONS: "Create a completion",
     Endpoint.EMBEDDINGS: "Create embeddings",
-    Endpoint.RESPONSES: "Create a response (engines that serve it)",
+    Endpoint.RESPONSES: "Create a response (engines that serve it; with `background`, any)",
     Endpoint.MESSAGES: "Create a message, Anthropic's form (engines that serve it)",
 }
-_OWN = {
+_OWN: dict[str, Any] = {
     "type": "object",
     "description": "Forebay's own options; removed before the engine sees the request. Unknown keys are refused.",
     "additionalProperties": False,
@@ -23,6 +23,9 @@ _OWN = {
         "program": {"type": "string", "maxLength": 128},
         "run": {"type": "string", "maxLength": 128},
         "stage": {"type": "string", "maxLength": 128},
+        "class": {"type": "string", "enum": list(CLASSES)},
+        "objective": {"type": "string", "enum": ["latency", "throughput"]},
+        "deadline_ms": {"type": "number", "exclusiveMinimum": 0, "description": "from its arrival"},
         "fallbacks": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
         "timeouts": {
             "type": "object",
@@ -34,6 +37,17 @@ _OWN = {
         },
     },
 }
+_TWINS = ("end_user", "session", "program", "run", "stage", "class", "objective", "deadline_ms")
+_HEADERS = [
+    {
+        "name": f"x-forebay-{name.replace('_', '-')}",
+        "in": "header",
+        "required": False,
+        "description": f"As `forebay.{name}`, which wins.",
+        "schema": _OWN["properties"][name],
+    }
+    for name in _TWINS
+]
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -74,6 +88,7 @@ def _operation(endpoint: Endpoint, summary: str) -> dict[str, Any]:
         "summary": summary,
         "operationId": endpoint.name.lower(),
         "security": [{"key": []}],
+        "parameters": _HEADERS,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {
             "200": {

@@ -6,9 +6,13 @@ import msgspec
 
 from core.workflows import RunEvent, RunRecord
 from gateway.runs import history as happenings
-from gateway.runs.history import HAPPENING, History
+from gateway.runs.critical import CriticalPath
+from gateway.runs.history import HAPPENING, History, Used
 from semantic_vars.budget import Spent
 from semantic_vars.variable import Failure, Outcome, State
+
+_ENDS = (State.DONE, State.FAILED, State.SKIPPED, State.CANCELLED)
+_PARTS = ("client_s", "held_s", "queue_s", "engine_s", "other_s")
 
 
 def summary_of(record: RunRecord) -> dict[str, Any]:
@@ -19,18 +23,42 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_of(record: RunRecord, history: History) -> dict[str, Any]:
-    """Return a run with its variables, without their values."""
+def run_of(record: RunRecord, history: History, num_underway: int = 0) -> dict[str, Any]:
+    """Return a run with its variables, without their values; ``num_underway``: calls that have begun and not ended."""
     variables = {name: variable_of(record.id, name, history.outcome(name), has_value=False) for name in history.names()}
-    waiting = [msgspec.to_builtins(one) for one in history.waiting.values()]
+    waiting = [_waiting(one) for one in history.waiting.values()]
     return {
         **summary_of(record), "state": history.state, "variables": variables, "waiting": waiting,
-        "usage": _usage(history.spent),
+        "calls": {"running": num_underway, **{state.value: history.num_calls[state] for state in _ENDS}},
+        "usage": _usage(history.spent, history.used),
     }  # fmt: skip
 
 
-def _usage(spent: Spent) -> dict[str, Any]:
-    return {"tokens": spent.tokens, "cost": spent.cost}
+def _usage(spent: Spent, used: Used | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"tokens": spent.tokens, "cost": spent.cost}
+    if used is not None:
+        told |= {
+            "requests": used.requests, "prompt_tokens": used.prompt, "cached_tokens": used.cached,
+            "completion_tokens": used.completion,
+        }  # fmt: skip
+    return told
+
+
+def path_of(path: CriticalPath) -> dict[str, Any]:
+    """Return the critical path of a run, with its sums."""
+    return {
+        "calls": [
+            {
+                "call": step.call, "kind": step.kind, "state": step.state.value, "attempts": step.attempts,
+                "started_at": step.started_at, "ended_at": step.ended_at, "cached_tokens": step.cached,
+                **{name: round(getattr(step, name), 3) for name in _PARTS},
+            }
+            for step in path.steps
+        ],
+        "seconds": round(path.seconds, 3),
+        **{name: round(sum(getattr(step, name) for step in path.steps), 3) for name in _PARTS},
+        "round_trips_saved": path.round_trips_saved, "prefill_saved": path.prefill_saved,
+    }  # fmt: skip
 
 
 def variable_of(run: str, name: str, outcome: Outcome | None, *, has_value: bool = True) -> dict[str, Any]:
@@ -46,6 +74,10 @@ def variable_of(run: str, name: str, outcome: Outcome | None, *, has_value: bool
     if outcome.failure is not None:
         told["error"] = _error(outcome.failure)
     return told
+
+
+def _waiting(one: happenings.Waiting) -> dict[str, Any]:
+    return {"call": one.call, "variable": one.variable, "tool": one.tool, "arguments": one.arguments}
 
 
 def _error(failure: Failure) -> dict[str, str]:
@@ -91,20 +123,19 @@ def _public(told: happenings.Happening, run: str) -> tuple[str, str | None, dict
         case happenings.Attempted(variable=name):
             return "call.attempted", name, {"call": told.call, "variable": name}
         case happenings.Waiting(variable=name):
-            data = {"call": told.call, "variable": name, "tool": told.tool, "arguments": told.arguments}
-            return "call.waiting", name, data
+            return "call.waiting", name, _waiting(told)
         case happenings.Retried(call=call):
             error = {"code": told.code, "message": told.message, "call": call}
             return "call.retried", call, {"call": call, "attempt": told.attempt, "error": error}
         case happenings.Settled(variable=name, outcome=outcome):
-            data = {"variable": name, "call": told.call, "usage": _usage(told.spent)}
+            data = {"variable": name, "call": told.call, "usage": _usage(told.spent, told.used)}
             if outcome.state is State.DONE:
                 data["value"] = outcome.value
             if outcome.failure is not None:
                 data["error"] = _error(outcome.failure)
             return f"variable.{outcome.state.value}", name, data
         case happenings.Finished(state=state):
-            return f"run.{state.value}", None, {"run": run, "usage": _usage(told.spent)}
+            return f"run.{state.value}", None, {"run": run, "usage": _usage(told.spent, told.used)}
 
 
 def settles(event: RunEvent | bytes, name: str) -> bool:

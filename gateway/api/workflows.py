@@ -12,13 +12,15 @@ from fastapi.responses import StreamingResponse
 from core.errors import InvalidJson, InvalidRequest, UnknownId
 from core.workflows import RunEvent, RunRecord, RunState
 from gateway.api.common import read_body
-from gateway.api.runs_shapes import frame_of, run_of, settles, summary_of, variable_of
+from gateway.api.runs_shapes import frame_of, path_of, run_of, settles, summary_of, variable_of
 from gateway.auth import Principal
 from gateway.ceilings import check_depth
+from gateway.runs.critical import CriticalPath, Ended, critical_path
 from gateway.runs.history import Appended, History
 from gateway.runs.live import LiveRun
 from gateway.runs.work import check_schema
 from gateway.services import Services
+from gateway.tracing import SUBMITTER
 from semantic_vars import drawing, prefixes
 from semantic_vars.calls import Call, Criteria, Given, Llm, Workflow
 from semantic_vars.events import Put
@@ -30,8 +32,9 @@ _DEPTH = 64
 _LONGEST_WAIT_S = 120.0
 _POLL_S = 0.5  # a run that another gateway has is read from the database
 _KEEP_ALIVE_S = 15.0
-_DRAWN: Mapping[str, tuple[Callable[[Sequence[Node], Mapping[str, str]], str | bytes], str]] = {
-    "json": (lambda nodes, states: msgspec.json.encode(drawing.as_json(nodes, states)), "application/json"),
+_Draw = Callable[[Sequence[Node], Mapping[str, str], frozenset[str]], str | bytes]
+_DRAWN: Mapping[str, tuple[_Draw, str]] = {
+    "json": (lambda *drawn: msgspec.json.encode(drawing.as_json(*drawn)), "application/json"),
     "mermaid": (drawing.mermaid, "text/vnd.mermaid"),
     "svg": (drawing.svg, "image/svg+xml"),
 }
@@ -87,6 +90,7 @@ class _Workflows:
         principal = self._identify(request)
         workflow: Workflow = await self._body_of(request, principal, Workflow)
         _check_schemas(workflow.calls)
+        SUBMITTER.set(dict(request.scope["headers"]).get(b"traceparent"))
         record = await self._runs.submit(
             principal,
             workflow,
@@ -113,10 +117,14 @@ class _Workflows:
         data = [summary_of(record) for record in page]
         return _json({"object": "list", "data": data, "has_more": len(page) == limit})
 
-    async def show(self, run: str, request: Request) -> Response:
-        """Return a run's state, variables and usage."""
-        record, history = _seen(await self._runs.find(self._identify(request), run))
-        return _json(run_of(record, history))
+    async def show(self, run: str, request: Request, critical_path: bool = False) -> Response:
+        """Return a run's state, variables and usage, and if it is asked for what determined how long it took."""
+        found = await self._runs.find(self._identify(request), run)
+        told = _told(found)
+        if critical_path:
+            path = await asyncio.to_thread(_path, *_known(found))
+            told["critical_path"] = path_of(path) if path is not None else None
+        return _json(told)
 
     async def append(self, run: str, request: Request) -> Response:
         """Append calls and variables to a run."""
@@ -127,7 +135,7 @@ class _Workflows:
         appended = Appended(more.calls, more.variables, more.outputs, key)
         live = await self._runs.ask(principal, run, lambda live: live.append(appended))
         await live.durable()
-        return _json(run_of(live.record, live.told), 202)
+        return _json(_told(live), 202)
 
     async def cancel(self, run: str, request: Request) -> Response:
         """Cancel calls of a run, or all of it."""
@@ -137,8 +145,7 @@ class _Workflows:
         if isinstance(found, LiveRun):
             found.cancel(which.calls)
             await found.durable()
-        record, history = _seen(found)
-        return _json(run_of(record, history))
+        return _json(_told(found))
 
     async def resume(self, run: str, request: Request) -> Response:
         """Run a workflow again, or an edited one, without the calls whose inputs are the same and that went well."""
@@ -147,6 +154,7 @@ class _Workflows:
         record, history = _seen(await self._runs.find(principal, run))
         workflow = edited.workflow or history.whole()
         _check_schemas(workflow.calls)
+        SUBMITTER.set(dict(request.scope["headers"]).get(b"traceparent"))
         again = await self._runs.submit(
             principal,
             workflow,
@@ -158,14 +166,11 @@ class _Workflows:
 
     async def graph(self, run: str, request: Request, format: str = "json") -> Response:
         """Draw a run's graph."""
-        _, history = _seen(await self._runs.find(self._identify(request), run))
-        whole = history.whole()
-        nodes = Reader(USUAL).nodes(whole.calls, frozenset(whole.variables))
-        states = {path: state.value for path, state in history.calls.items()}
+        found = await self._runs.find(self._identify(request), run)
         if (drawn := _DRAWN.get(format)) is None:
             raise InvalidRequest(f"`format` has to be one of {', '.join(_DRAWN)}", param="format")
         draw, media_type = drawn
-        return Response(await asyncio.to_thread(draw, nodes, states), headers=_INERT, media_type=media_type)
+        return Response(await asyncio.to_thread(_drawn, draw, *_known(found)), headers=_INERT, media_type=media_type)
 
     async def events(self, run: str, request: Request, after: int | None = None, variables: str = "") -> Response:
         """Follow a run."""
@@ -277,6 +282,31 @@ def _seen(found: LiveRun | tuple[RunRecord, History]) -> tuple[RunRecord, Histor
     return (found.record, found.told) if isinstance(found, LiveRun) else found
 
 
+def _told(found: LiveRun | tuple[RunRecord, History]) -> dict[str, Any]:
+    return run_of(*_seen(found), found.num_underway if isinstance(found, LiveRun) else 0)
+
+
+def _known(found: LiveRun | tuple[RunRecord, History]) -> tuple[Workflow, Ended]:
+    """Return what a run is and how it has gone so far; for another thread, while it goes on in this one."""
+    record, history = _seen(found)
+    return history.whole(), Ended.of(history, record.created_at)
+
+
+def _nodes(whole: Workflow) -> tuple[Node, ...]:
+    return Reader(USUAL).nodes(whole.calls, frozenset(whole.variables))
+
+
+def _path(whole: Workflow, ended: Ended) -> CriticalPath | None:
+    return critical_path(_nodes(whole), ended)
+
+
+def _drawn(draw: _Draw, whole: Workflow, ended: Ended) -> str | bytes:
+    nodes = _nodes(whole)
+    path = critical_path(nodes, ended)
+    critical = frozenset(step.call for step in path.steps) if path is not None else frozenset[str]()
+    return draw(nodes, {path: end.state.value for path, end in ended.ends.items()}, critical)
+
+
 def _parts(variable: str) -> tuple[str, str]:
     run, dot, name = variable.partition(".")
     if not dot:
@@ -300,24 +330,25 @@ async def _follow(
 ) -> AsyncIterator[bytes]:
     """Yield events as frames, with a comment now and then where nothing happens."""
     source = services.runs.follow(found, after)
-    async with aclosing(source):
-        upcoming: asyncio.Task[RunEvent | bytes | None] | None = None
-        try:
-            while True:
-                upcoming = upcoming or asyncio.ensure_future(anext(source, None))
-                done, _ = await asyncio.wait((upcoming,), timeout=_KEEP_ALIVE_S)
-                if not done:
-                    yield b": keep-alive\n\n"
-                    continue
-                event, upcoming = upcoming.result(), None
-                if event is None:
-                    return
-                if (frame := frame_of(event, run, names)) is not None:
-                    yield frame
-                if ends_with is not None and settles(event, ends_with):
-                    return
-        finally:
-            if upcoming is not None:
-                upcoming.cancel()
-                with suppress(asyncio.CancelledError):
-                    await upcoming
+    with services.metrics.runs.watching():
+        async with aclosing(source):
+            upcoming: asyncio.Task[RunEvent | bytes | None] | None = None
+            try:
+                while True:
+                    upcoming = upcoming or asyncio.ensure_future(anext(source, None))
+                    done, _ = await asyncio.wait((upcoming,), timeout=_KEEP_ALIVE_S)
+                    if not done:
+                        yield b": keep-alive\n\n"
+                        continue
+                    event, upcoming = upcoming.result(), None
+                    if event is None:
+                        return
+                    if (frame := frame_of(event, run, names)) is not None:
+                        yield frame
+                    if ends_with is not None and settles(event, ends_with):
+                        return
+            finally:
+                if upcoming is not None:
+                    upcoming.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await upcoming

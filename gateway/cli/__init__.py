@@ -22,6 +22,7 @@ _MODULES = {  # where each verb lives
     "policies": "policies",
     "requests": "requests",
     "run": "run",
+    "runs": "runs",
     "serve": "serve",
     "simulate": "simulate",
     "tenants": "tenants",

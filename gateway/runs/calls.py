@@ -5,7 +5,8 @@ have room again is waited for: a run of a thousand calls is not to fail because 
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ from gateway.errors import status_of
 from gateway.live import Live
 from gateway.metrics import Metrics
 from gateway.requests import read_call
+from gateway.runs.underway import UNDERWAY
 from gateway.tracing import Tracing
 
 _LONGEST_WAIT_S = 30.0
@@ -88,20 +90,37 @@ class Caller:
         room = self._rooms.setdefault(principal.tenant, asyncio.Semaphore(most))
         while True:
             try:
-                async with room:
+                with self._waiting():
+                    await room.acquire()
+                try:
                     return await self._make(principal, call, on_text, on_spent)
+                finally:
+                    room.release()
             except BudgetExceeded:
                 raise
             except (RateLimited, Unavailable) as error:
                 if not error.retryable or error.specific_code == "request_exceeds_limit":
                     raise
                 wait_s = min(error.retry_after or _USUAL_WAIT_S, _LONGEST_WAIT_S)
-            await asyncio.sleep(wait_s)
+            with self._waiting():
+                await asyncio.sleep(wait_s)
             call = msgspec.structs.replace(call, id=new_request_id())
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time that passes inside as a wait of the call of a run, if this is for one."""
+        began = self._clock.monotonic()
+        try:
+            yield
+        finally:
+            if (underway := UNDERWAY.get()) is not None:
+                underway.waited(self._clock.monotonic() - began)
 
     async def _make(self, principal: Principal, call: Call, on_text: OnText, on_spent: OnSpent) -> Reply:
         began = self._clock.monotonic()
-        trace = self._tracing.start(None) if self._tracing is not None else None
+        underway = UNDERWAY.get()
+        parent = underway.parent if underway is not None else None
+        trace = self._tracing.start(parent) if self._tracing is not None else None
         if trace is not None:
             call = msgspec.structs.replace(call, traceparent=trace.traceparent.decode(), has_leg_spans=True)
         admitted: Admitted | None = None
@@ -110,7 +129,8 @@ class Caller:
         first_byte_s: float | None = None
         status, cost = CLIENT_LEFT, 0
         try:
-            admitted = await self._admission.admit(principal, call)
+            with self._waiting():
+                admitted = await self._admission.admit(principal, call)
             if may_name_addresses(msgspec.json.encode(call.body)):
                 await self._egress.fill(call.body)
             run = self._chat.submit(call)
@@ -128,6 +148,9 @@ class Caller:
                 cost = self._admission.price(served.model).cost(usage)
             if run is not None:
                 run.close()
+                if underway is not None:
+                    underway.waited(run.queue_s if run.legs else self._clock.monotonic() - run.queued_at)
+                    underway.worked(run.usage, sum(leg.duration_s for leg in run.legs))
             if usage is not None:
                 on_spent(usage, cost)
             if admitted is not None:

@@ -1,5 +1,6 @@
 """What has happened to a run, as it is kept: the truth from which a run goes on after a crash."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 import msgspec
@@ -13,20 +14,56 @@ from semantic_vars.variable import Failure, Outcome, State, done
 
 INTERRUPTED = "interrupted"
 
+# Fields were added to events after the first were kept: each has a default, which says that it is not known. Times are
+# Unix seconds; within a run they go on evenly, however the machine's clock is set meanwhile.
 
-class Began(msgspec.Struct, frozen=True, tag="run.started"):
-    """The run was accepted."""
+
+class Used(msgspec.Struct, frozen=True, array_like=True):
+    """What was asked of engines: requests, and the tokens that they processed; ``cached`` is a part of ``prompt``."""
+
+    requests: int = 0
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    def plus(self, other: "Used") -> "Used":
+        """Return the sum."""
+        return Used(
+            self.requests + other.requests,
+            self.prompt + other.prompt,
+            self.cached + other.cached,
+            self.completion + other.completion,
+        )
+
+
+class Made(msgspec.Struct, frozen=True, array_like=True):
+    """How a call was made that takes an engine or a tool, all its attempts together. ``queue_s``: waited here, for a
+    limit or a worker; ``engine_s``: an engine was at work."""
+
+    began: float
+    attempts: int = 1
+    queue_s: float = 0.0
+    engine_s: float = 0.0
+    used: Used = Used()
+
+
+class Began(msgspec.Struct, frozen=True, tag="run.started", omit_defaults=True):
+    """The run was accepted. ``span``: the ``traceparent`` of its own span, if it is traced; ``parent``: the id of the
+    span that it was submitted in, if it is known."""
 
     calls: tuple[str, ...]
+    span: str | None = None
+    parent: str | None = None
 
 
-class Appended(msgspec.Struct, frozen=True, tag="run.appended"):
+class Appended(msgspec.Struct, frozen=True, tag="run.appended", omit_defaults=True):
     """Calls and variables were added; ``idempotency`` is the caller's own key of that."""
 
     calls: tuple[Call, ...] = ()
     variables: dict[str, Given] = {}
     outputs: tuple[str, ...] = ()
     idempotency: str | None = None
+    at: float = 0.0
 
 
 class Wanted(msgspec.Struct, frozen=True, tag="run.wanted"):
@@ -57,6 +94,7 @@ class Waiting(msgspec.Struct, frozen=True, tag="call.waiting"):
     variable: str
     tool: str
     arguments: Value
+    at: float = 0.0
 
 
 class Retried(msgspec.Struct, frozen=True, tag="call.retried"):
@@ -68,8 +106,9 @@ class Retried(msgspec.Struct, frozen=True, tag="call.retried"):
     message: str
 
 
-class Settled(msgspec.Struct, frozen=True, tag="variable"):
-    """A variable has its outcome. ``spent``: what the run has used so far. ``key``, ``order``: see ``Fact``."""
+class Settled(msgspec.Struct, frozen=True, tag="variable", omit_defaults=True):
+    """A variable has its outcome. ``spent``, ``used``: what the run has used so far. ``key``, ``order``: see ``Fact``.
+    ``made``: how the call was made, if it was; what another run had come to is not made again."""
 
     variable: str
     call: str | None
@@ -77,30 +116,57 @@ class Settled(msgspec.Struct, frozen=True, tag="variable"):
     key: str | None = None
     order: tuple[int, ...] = ()
     spent: Spent = Spent()
+    used: Used | None = None
+    at: float = 0.0
+    made: Made | None = None
 
 
-class Finished(msgspec.Struct, frozen=True, tag="run.ended"):
+class Finished(msgspec.Struct, frozen=True, tag="run.ended", omit_defaults=True):
     """All that was wanted has its outcome."""
 
     state: State
     spent: Spent = Spent()
+    used: Used | None = None
+    at: float = 0.0
 
 
 Happening = Began | Appended | Wanted | Stopped | Attempted | Waiting | Retried | Settled | Finished
 HAPPENING = msgspec.json.Decoder(Happening)
 
 
+class End(msgspec.Struct, frozen=True):
+    """How and when a call has ended; see ``Settled``. ``number`` is that of the event."""
+
+    at: float
+    state: State
+    made: Made | None = None
+    order: tuple[int, ...] = ()
+    number: int = 0
+
+
 class History:
-    """All that is known of a run, event by event. ``number`` is that of the last event; ``calls`` are those that have
-    ended, but for elements of maps."""
+    """All that is known of a run, event by event. ``number`` is that of the last event.
+
+    ``ends`` are those of calls, but for elements of maps: of these ``last`` has each map's that ended last and was not
+    cancelled, with its path. ``given`` are those of variables that were set from outside; ``added``: when calls were
+    appended. ``num_calls``: how many have ended, elements too, by state. ``used`` is None where it is not known.
+    """
 
     def __init__(self, workflow: Workflow) -> None:
         self.workflow = workflow
         self.number = 0
         self.state: RunState = "running"
         self.spent = Spent()
+        self.used: Used | None = Used()
+        self.span: str | None = None
+        self.parent: str | None = None
+        self.num_ends = 0
         self.outcomes: dict[str, Outcome] = {}
-        self.calls: dict[str, State] = {}
+        self.ends: dict[str, End] = {}
+        self.last: dict[str, tuple[str, End]] = {}
+        self.given: dict[str, End] = {}
+        self.added: dict[str, float] = {}
+        self.num_calls: Counter[State] = Counter()
         self.facts: dict[str, Fact] = {}
         self.asked: list[Appended | Wanted | Stopped] = []
         self.waiting: dict[str, Waiting] = {}
@@ -110,9 +176,13 @@ class History:
         """Take the next event."""
         self.number += 1
         match happening:
+            case Began(span=span, parent=parent):
+                self.span, self.parent = span, parent
             case Appended() | Wanted() | Stopped():
                 self.asked.append(happening)
                 self.state = "running"
+                if isinstance(happening, Appended):
+                    self.added |= {call.id: happening.at for call in happening.calls}
             case Waiting(variable=name):
                 self.waiting[name] = happening
             case Attempted(variable=name):
@@ -120,17 +190,28 @@ class History:
             case Settled(variable=name, outcome=outcome):
                 self.waiting.pop(name, None)
                 self.attempted.pop(name, None)
-                self.spent = happening.spent
+                self.spent, self.used = happening.spent, happening.used
                 self.facts[name] = Fact(outcome, happening.key, happening.order)
                 if "[" not in name:  # elements are in their list
                     self.outcomes[name] = outcome
-                    if happening.call is not None:
-                        self.calls[happening.call] = outcome.state
+                end = End(happening.at, outcome.state, happening.made, happening.order, self.number)
+                if happening.call is None:
+                    self.given[name] = end
+                else:
+                    self._end(happening.call, end)
             case Finished(state=state):
-                self.spent = happening.spent
+                self.spent, self.used = happening.spent, happening.used
+                self.num_ends += 1
                 self.state = state.value  # type: ignore[assignment] # no run ends as pending
             case _:
                 pass
+
+    def _end(self, call: str, end: End) -> None:
+        self.num_calls[end.state] += 1
+        if not call.endswith("]"):
+            self.ends[call] = end
+        elif end.state is not State.CANCELLED:  # one that nobody needed any more has held nothing up
+            self.last[call[: call.rindex("[")]] = call, end
 
     def read(self, bodies: Iterable[bytes]) -> None:
         """Take events as they were kept."""

@@ -1,4 +1,7 @@
-"""The log of all runs: what happens is written in batches, a few milliseconds after it happened, and told then."""
+"""The log of all runs: what happens is written in batches, a few milliseconds after it happened, and told then.
+
+A batch is one transaction of whatever has happened meanwhile to all runs: the busier they are, the more share one.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -8,7 +11,7 @@ from typing import Protocol, Self
 import structlog
 
 from core.clock import Clock
-from core.workflows import RunEvent, RunState
+from core.workflows import RunEvent
 from storage.sql.database import Conflict, StorageUnavailable
 from storage.sql.workflows import Change
 
@@ -24,18 +27,14 @@ class Written(Protocol):
     def id(self) -> str:
         """The run's id."""
 
-    @property
-    def state(self) -> RunState:
-        """What the run is after its last event."""
-
-    def take_unwritten(self) -> tuple[RunEvent, ...]:
-        """Return the events that are to be written, and forget them."""
+    def take_change(self, at: float) -> Change:
+        """Return what is to be written, and forget it."""
 
     def written(self, events: Sequence[RunEvent]) -> None:
         """Note that these are durable."""
 
     def lost(self) -> None:
-        """Note that another gateway goes on with the run."""
+        """Note that the run is not ours any more as it is: a gateway goes on with it from what is durable."""
 
 
 class RunLog:
@@ -77,13 +76,13 @@ class RunLog:
             self._wake.clear()
             runs, self._dirty = list(self._dirty.values()), {}
             if runs:
-                await self._keep([(run, run.take_unwritten(), run.state) for run in runs])
+                at = self._clock.wall()
+                await self._keep([(run, run.take_change(at)) for run in runs])
 
-    async def _keep(self, batch: Sequence[tuple[Written, tuple[RunEvent, ...], RunState]]) -> None:
-        changes = [Change(run.id, events, state, self._clock.wall()) for run, events, state in batch]
+    async def _keep(self, batch: Sequence[tuple[Written, Change]]) -> None:
         while True:
             try:
-                await self._write(changes)
+                await self._write([change for _, change in batch])
             except Conflict:
                 await self._keep_apart(batch)
                 return
@@ -99,14 +98,14 @@ class RunLog:
         if self.is_away:
             _log.info("run_log_back")
         self.is_away = False
-        for run, events, _ in batch:
-            run.written(events)
+        for run, change in batch:
+            run.written(change.events)
 
-    async def _keep_apart(self, batch: Sequence[tuple[Written, tuple[RunEvent, ...], RunState]]) -> None:
+    async def _keep_apart(self, batch: Sequence[tuple[Written, Change]]) -> None:
         """One run of the batch is not ours any more: write each by itself, to know which."""
         if len(batch) == 1:
             run = batch[0][0]
-            _log.warning("run_lost", run=run.id, meaning="another gateway goes on with it")
+            _log.warning("run_lost", run=run.id, meaning="a gateway goes on with it from what is durable")
             run.lost()
             return
         for one in batch:

@@ -5,6 +5,8 @@ import hashlib
 import secrets
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -12,19 +14,22 @@ import msgspec
 import structlog
 
 from core.clock import Clock
-from core.errors import Conflict, ConnectionLimit, DatabaseUnavailable, Draining, UnknownId
+from core.errors import Conflict, ConnectionLimit, DatabaseUnavailable, Draining, Unavailable, UnknownId
 from core.ids import TenantId
-from core.workflows import RunEvent, RunRecord, RunState
+from core.workflows import RunAnswer, RunEvent, RunRecord, RunState
 from gateway.auth import Principal
 from gateway.looping import LoopingCall
+from gateway.runs.elsewhere import Elsewhere, Seen
 from gateway.runs.following import Following
-from gateway.runs.history import History
-from gateway.runs.live import LiveRun
+from gateway.runs.history import HAPPENING, History
+from gateway.runs.letters import Askable, Letter, check
+from gateway.runs.live import Doing, LiveRun
 from gateway.runs.log import RunLog
-from gateway.runs.work import Worker
+from gateway.runs.telling import SILENT, Telling
 from semantic_vars.calls import Workflow
 from semantic_vars.executor import Executor, Fact
 from semantic_vars.graph import USUAL, Bounds
+from storage.sql.database import Conflict as StorageConflict
 from storage.sql.database import StorageUnavailable
 from storage.sql.workflows import Workflows
 
@@ -32,7 +37,11 @@ _log = structlog.get_logger(__name__)
 
 LEASE_S = 30.0
 RENEW_S = 10.0
-_POLL_S = 0.5  # a run of another gateway is followed in the database
+LETTERS_S = 0.25
+"""How often letters of other gateways are read, by one that has runs."""
+ANSWERED_S = 5.0
+"""How long another gateway may take to answer a letter."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.25
 MOST_OPEN = 1_000
 """Runs of one tenant that have not ended."""
 
@@ -41,46 +50,69 @@ class Runs:
     """The service. An async context manager: inside it, runs that were left are gone on with.
 
     ``owner`` names this gateway, the same after a restart: so it takes its runs up again at once, and those of another
-    when that one's lease is over.
+    when that one's lease is over. What a run of another gateway is asked for is left for that one in the database.
     """
 
-    def __init__(self, store: Workflows, worker: Worker, clock: Clock, *, owner: str, bounds: Bounds = USUAL) -> None:
+    def __init__(
+        self,
+        store: Workflows,
+        worker: Doing,
+        clock: Clock,
+        *,
+        owner: str,
+        bounds: Bounds = USUAL,
+        telling: Telling = SILENT,
+    ) -> None:
         self._store = store
         self._worker = worker
         self._clock = clock
         self._owner = owner
         self._bounds = bounds
+        self._telling = telling
         self._live: dict[str, LiveRun] = {}
         self._num_open: Counter[TenantId] = Counter()
-        self._log = RunLog(store.write, clock)
-        self._loop = LoopingCall("runs_claimed", self._claim, RENEW_S)
+        self._elsewhere = Elsewhere(store, self._store_events, clock)
+        self._log = RunLog(telling.counting(partial(store.write, owner)), clock)
+        self._loops = (
+            LoopingCall("runs_claimed", self._claim, RENEW_S),
+            LoopingCall("letters_read", self._read_letters, LETTERS_S),
+        )
         self._is_draining = False
         self._is_away = False
 
     async def __aenter__(self) -> Self:
         await self._log.__aenter__()
         await self._claim()
-        self._loop.start()
+        for loop in self._loops:
+            loop.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_draining = True
-        await self._loop.stop()
+        for loop in self._loops:
+            await loop.stop()
+        await self._elsewhere.close()
         for run in self._live.values():
             run.leave()
         for run in list(self._live.values()):
             await run.left()
         await self._log.__aexit__(kind, error, trace)
 
+    @property
+    def alive(self) -> Sequence[LiveRun]:
+        """The runs that go on here."""
+        return tuple(self._live.values())
+
     async def _claim(self) -> None:
         """Renew the lease of our runs, and go on with those that nobody has any more."""
         now = self._clock.wall()
+        self._elsewhere.sweep()
         try:
-            for record in await self._store.claim(self._owner, now, now + LEASE_S):
+            for record in await self._store.claim(self._owner, now, now + LEASE_S, self._live.keys()):
+                history, told = await self._history(record)
                 if record.id not in self._live:
-                    history, told = await self._history(record)
                     self._go_on(record, history, told)
                     _log.info("run_goes_on", run=record.id, num_events=history.number)
         except StorageUnavailable as error:
@@ -89,6 +121,19 @@ class Runs:
             self._is_away = True
         else:
             self._is_away = False
+
+    async def _read_letters(self) -> None:
+        """Do what other gateways ask for."""
+        if not self._live:
+            return
+        try:
+            ours = (await self._store.with_letters()) & self._live.keys()
+            letters = await self._store.letters(ours) if ours else ()
+        except StorageUnavailable:
+            return  # whoever has sent one waits, or takes it back; claims tell of the database
+        for letter in letters:
+            if (live := self._live.get(letter.run)) is not None:
+                live.answer(letter)
 
     async def submit(
         self,
@@ -130,14 +175,15 @@ class Runs:
         following = Following(record.id, self._store_events, told.number)
         run = LiveRun(
             record, history, told, worker=self._worker, log=self._log, clock=self._clock, bounds=self._bounds,
-            following=following, on_end=self._ended, facts=facts,
+            following=following, on_end=self._ended, facts=facts, telling=self._telling,
         )  # fmt: skip
         self._live[record.id] = run
         self._num_open[record.tenant] += 1
         run.begin()
 
     def _ended(self, run: LiveRun) -> None:
-        if self._live.pop(run.id, None) is not None:
+        if self._live.get(run.id) is run:
+            del self._live[run.id]
             self._num_open[run.record.tenant] -= 1
             run.leave()
 
@@ -147,8 +193,10 @@ class Runs:
         both = History(workflow), History(workflow)
         after = 0
         while events := await self._store.events(record.id, after):
-            for history in both:
-                history.read(event.body for event in events)
+            for event in events:
+                happening = HAPPENING.decode(event.body)
+                for history in both:
+                    history.add(happening)
             after = events[-1].number
         return both
 
@@ -158,72 +206,115 @@ class Runs:
         except StorageUnavailable as error:
             raise DatabaseUnavailable(str(error), retry_after=2.0) from None
 
-    async def find(self, principal: Principal, run_id: str) -> LiveRun | tuple[RunRecord, History]:
-        """Return a run of the tenant: alive, or as it ended. Raises ``UnknownId``."""
+    async def find(self, principal: Principal, run_id: str) -> LiveRun | Seen:
+        """Return a run of the tenant: alive, or as the database tells of it. Raises ``UnknownId``."""
         live = self._live.get(run_id)
         if live is not None:
             if live.record.tenant != principal.tenant:
                 raise _unknown(run_id)
             return live
+        seen = await self._look(run_id)
+        if seen is None or seen.record.tenant != principal.tenant:
+            raise _unknown(run_id)
+        return seen
+
+    async def _look(self, run_id: str) -> Seen | None:
         try:
-            record = await self._store.run(run_id)
-            if record is None or record.tenant != principal.tenant:
-                raise _unknown(run_id)
-            return record, (await self._history(record))[1]
+            return await self._elsewhere.look(run_id)
         except StorageUnavailable as error:
             raise DatabaseUnavailable(str(error), retry_after=2.0) from None
 
-    async def ask(self, principal: Principal, run_id: str, what: Callable[[LiveRun], None]) -> LiveRun:
-        """Ask a run for something, and return it; one that has ended is gone on with for that.
+    async def ask(self, principal: Principal, run_id: str, what: Callable[[Askable], None]) -> LiveRun | Seen:
+        """Ask a run for something, and return it. One that has ended is gone on with for that; one that another gateway
+        has is asked there.
 
-        Raises ``UnknownId``, ``Conflict`` where another gateway has it, and what ``what`` raises.
+        Raises ``UnknownId``, what ``what`` raises, and ``Unavailable`` if the other gateway does not answer: then
+        nothing has changed, nor will it.
         """
-        found = await self.find(principal, run_id)
-        if isinstance(found, LiveRun):
-            what(found)
-            return found
-        record, told = found
-        try:
-            if not await self._store.reopen(run_id, self._owner, self._clock.wall() + LEASE_S):
-                raise Conflict(f"the run {run_id} is under way at another gateway; ask there")
-            history = (await self._history(record))[0]
-        except StorageUnavailable as error:
-            raise DatabaseUnavailable(str(error), retry_after=2.0) from None
+        until = self._clock.monotonic() + ANSWERED_S
+        while True:
+            found = await self.find(principal, run_id)
+            if isinstance(found, LiveRun):
+                what(found)
+                return found
+            try:
+                if found.record.state == "running" and found.record.owner != self._owner:
+                    letter = Letter()
+                    what(letter)
+                    if (answer := await self._send(found.record, letter, until)) is not None:
+                        check(answer)
+                        return await self.find(principal, run_id)
+                elif (live := await self._reopen(run_id)) is not None:
+                    try:
+                        what(live)
+                    finally:
+                        live.settle_state()  # it was opened again, for nothing perhaps
+                    return live
+            except StorageUnavailable as error:
+                raise DatabaseUnavailable(str(error), retry_after=2.0) from None
+            if self._clock.monotonic() >= until:
+                told = f"the gateway that has the run {run_id} has not answered in {ANSWERED_S:g} s: nothing was done"
+                raise Unavailable(f"{told}. Try again: if it is gone, another goes on with the run", retry_after=5.0)
+
+    async def _reopen(self, run_id: str) -> LiveRun | None:
+        """Go on with a run that has ended; None if another gateway was first."""
+        if not await self._store.reopen(run_id, self._owner, self._clock.wall() + LEASE_S):
+            return None
+        if (record := await self._store.run(run_id)) is None:
+            return None
+        history, told = await self._history(record)
         if run_id not in self._live:
             self._go_on(record, history, told)
-        live = self._live[run_id]
+        return self._live[run_id]
+
+    async def _send(self, record: RunRecord, letter: Letter, until: float) -> RunAnswer | None:
+        """Leave a letter for the gateway that has a run, and return its answer; None if it was not done: the run has
+        ended, or there was no answer in time."""
+        if record.leased_until < self._clock.wall():
+            await self._claim()
+            return None  # perhaps we have it now
         try:
-            what(live)
-        finally:
-            live.settle_state()  # it was opened again, for nothing perhaps
-        return live
+            number = await self._store.send(record.id, letter.body)
+        except StorageConflict:
+            return None  # it is gone
+        pause_s = _FIRST_PAUSE_S
+        while (told := await self._store.answered(number)) is not None:
+            state, is_answered = told
+            if is_answered or state != "running" or self._clock.monotonic() >= until:
+                break
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return await self._store.take_back(number)
 
     async def follow(
         self, found: LiveRun | tuple[RunRecord, History], after: int
     ) -> AsyncGenerator[RunEvent | bytes, None]:
         """Yield what has happened to a run behind a number, and what happens until it ends."""
-        if isinstance(found, LiveRun):
-            async for event in found.following.follow(after):
-                yield event
-            return
-        record, _ = found
-        while True:
-            events = await self._store_events(record.id, after)
-            for event in events:
-                after = event.number
-                yield event
-            if events:
-                continue
-            if record.state != "running":
+        seen: Seen | None
+        if not isinstance(found, LiveRun):
+            seen = Seen(*found)
+        else:
+            async with aclosing(found.following.follow(after)) as events:
+                async for event in events:
+                    after = event.number if isinstance(event, RunEvent) else after
+                    yield event
+            if found.told.state != "running" or self._is_draining:
                 return
-            await asyncio.sleep(_POLL_S)
-            record = await self._store.run(record.id) or record
+            seen = await self._look(found.id)  # another gateway goes on with it
+        if seen is not None:
+            async with aclosing(self._elsewhere.follow(seen, after)) as events:
+                async for event in events:
+                    yield event
 
-    def forget(self, tenant: TenantId, end_user: str | None) -> None:
-        """Let go of the runs of a tenant, or of one of its end users: they are about to be erased."""
-        for run in list(self._live.values()):
-            if run.record.tenant == tenant and end_user in {None, run.record.end_user}:
-                self._ended(run)
+    async def forget(self, tenant: TenantId, end_user: str | None) -> None:
+        """Let go of the runs of a tenant, or of one of its end users: they are about to be erased. What they were at is
+        booked when this returns."""
+        theirs = [one for one in self.alive if one.record.tenant == tenant and end_user in {None, one.record.end_user}]
+        for run in theirs:
+            self._ended(run)
+        for run in theirs:
+            await run.left()
+        self._elsewhere.forget(tenant, end_user)
 
     async def search(
         self, principal: Principal, *, state: RunState | None, after: tuple[float, str] | None, limit: int

@@ -171,3 +171,72 @@ run_events = Table(
     Column("body", LargeBinary, nullable=False),
 )
 """What has happened to them, in order; it goes with its run."""
+
+run_letters = Table(
+    "run_letters",
+    METADATA,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("run", Line, ForeignKey("runs.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("body", LargeBinary, nullable=False),
+    Column("answer", LargeBinary),
+    sqlite_autoincrement=True,
+)
+"""What other gateways ask of the one that has a run. Who has sent a letter takes it away, with its answer."""
+
+files = Table(
+    "files",
+    METADATA,
+    Column("id", Line, primary_key=True),
+    Column("tenant", Line, nullable=False),
+    Column("name", Line, nullable=False),
+    Column("purpose", Line, nullable=False),
+    Column("size", Amount, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("end_user", Line),
+    Column("is_whole", Boolean, nullable=False),
+    Index("ix_files_tenant", "tenant", "created_at"),
+    Index("ix_files_created_at", "created_at"),
+)
+"""What tenants upload, and what comes of batches; nobody is shown one that is not whole yet."""
+
+file_parts = Table(
+    "file_parts",
+    METADATA,
+    Column("file", Line, ForeignKey("files.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+"""The bytes of files, piece by piece; they go with their file."""
+
+batches = Table(
+    "batches",
+    METADATA,
+    Column("id", Line, primary_key=True),
+    Column("tenant", Line, nullable=False),
+    Column("key", Line, nullable=False),
+    Column("input_file", Line, nullable=False),
+    Column("endpoint", Line, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Column("end_user", Line),
+    Column("metadata", _JSON, nullable=False),
+    Column("state", Line, nullable=False),
+    Column("errors", _JSON, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    Column("run", Line),
+    Column("output_file", Line),
+    Column("error_file", Line),
+    Column("in_progress_at", Double),
+    Column("finalizing_at", Double),
+    Column("cancelling_at", Double),
+    Column("ended_at", Double),
+    Column("owner", Line, nullable=False),
+    Column("leased_until", Double, nullable=False),
+    Column("rows", LargeBinary),
+    Index("ix_batches_tenant", "tenant", "created_at"),
+    Index("ix_batches_state", "state", "ended_at"),
+)
+"""Batches of requests. ``rows``: what the results have to know of each, as JSON, by the call that it is in the run.
+Files and the run are named, and not referred to: each is forgotten in its own time."""

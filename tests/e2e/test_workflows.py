@@ -288,3 +288,20 @@ async def test_a_killed_gateway_goes_on_with_its_runs_and_makes_no_committed_cal
         made = (await engine.stats())["finished"] + (await engine.stats())["aborted"]
         assert made <= 13 + 2, "only what was under way is made again"
         await client.http.aclose()
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+async def test_a_long_beginning_is_computed_while_the_rest_of_the_prompt_is_made(is_on: bool) -> None:
+    async with (
+        FakeEngine(model="fake", tokens=30, itl_ms=20) as engine,
+        GatewayProcess({"fake": attached(engine.url)}, workflows={"eager_prefill": is_on}) as gateway,
+    ):
+        client = Client(gateway)
+        slow, late = llm("a", "Say much."), llm("b", "x" * 4_000 + " {{a}}")
+        slow["request"]["max_tokens"] = 60
+        run = await client.submit(slow, late)
+        await client.value(run["id"], "b")
+        usage = (await client.ask("GET", f"/v1/workflows/{run['id']}"))["usage"]
+        await client.http.aclose()
+
+    assert (usage["cached_tokens"] > 500) is is_on, usage

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from redis import Redis
 
-from core.chat import CallContext, Usage
+from core.chat import CallContext, Endpoint, Usage
 from core.errors import UnknownId
 from core.ids import TenantId
 from core.records import Batch, LedgerLine, RequestRecord
@@ -15,7 +15,7 @@ from core.tenancy import Budget, Rate
 from gateway.runs.live import LiveRun
 from gateway.services import Services
 from semantic_vars.calls import Workflow
-from tests.e2e.asking import ask, logged
+from tests.e2e.asking import ask, logged, until
 from tests.fakes import drivers
 from tests.fakes.admin import OPERATOR, client, opened
 from tests.fakes.engine import FakeEngine
@@ -116,6 +116,30 @@ async def test_what_a_run_of_an_erased_end_user_held_is_in_no_file(tmp_path: Pat
     assert files_with(ANN, tmp_path) == []
 
 
+async def test_what_a_batch_of_an_erased_end_user_held_is_in_no_file(tmp_path: Path) -> None:
+    words = "words-of-a-canary"  # a request that ends now has a record, with a name and no words
+    body = {"model": "small", "input": words}
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": body}
+    async with opened(tmp_path) as (app, services), client(app) as admin:
+        who = services.directory.keyring.principal("file:app", services.clock.wall())
+        file = await services.files.keep(who, "rows.jsonl", "batch", msgspec.json.encode(row), end_user=ANN)
+        batch = await services.batches.submit(who, file.id, Endpoint.EMBEDDINGS, metadata={"of": words})
+        assert batch.end_user == ANN, "whose the file is"
+
+        async def is_under_way() -> bool:
+            return (await services.batches.find(who, batch.id)).run is not None
+
+        await until(is_under_way, "the batch has its run")
+        assert files_with(words, tmp_path)
+        assert (await admin.post(f"{V1}/tenants/filed:erase", json={"end_user": ANN})).status_code == 200
+        assert files_with(words, tmp_path) == []
+        with pytest.raises(UnknownId):
+            await services.batches.find(who, batch.id)
+        with pytest.raises(UnknownId):
+            await services.files.find(who, file.id)
+    assert files_with(words, tmp_path) == []
+
+
 async def test_one_gateway_is_asked_and_all_that_share_its_stores_have_forgotten(
     postgres: Postgres, tmp_path: Path
 ) -> None:
@@ -206,3 +230,19 @@ async def test_after_an_erasure_no_file_of_a_running_gateway_names_the_end_user(
             gateway.terminate()
             await gateway.wait()
             assert files_with(ANN, gateway.directory) == []
+
+
+async def test_a_call_of_a_run_that_is_under_way_at_an_erasure_is_booked_before_it() -> None:
+    async with (
+        FakeEngine(model="fake", tokens=400, itl_ms=20) as engine,
+        GatewayProcess({"fake": attached(engine.url)}, log={"level": "debug"}) as gateway,
+    ):
+        request = {"model": "fake", "messages": [{"role": "user", "content": f"I am {ANN}."}]}
+        given = {"calls": [{"kind": "llm", "id": "a", "request": request}]}
+        assert (await ask(gateway, "/v1/workflows", given, headers={"x-forebay-end-user": ANN})).status == 202
+        await engine.until(running=1)
+        done = await gateway.admin("POST", "/admin/v1/tenants/test:erase", {"end_user": ANN})
+        assert done == {"records": 1}
+        gateway.terminate()
+        await gateway.wait()
+        assert files_with(ANN, gateway.directory) == []

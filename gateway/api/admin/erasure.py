@@ -48,7 +48,7 @@ def erasure_routes(services: Services) -> APIRouter:
         """
         if not services.database.is_sqlite:
             await asyncio.sleep(_OTHERS_BOOK_WITHIN_S)
-        services.runs.forget(TenantId(tenant_id), body.end_user)
+        await services.runs.forget(TenantId(tenant_id), body.end_user)
         await services.books.flush()  # what waits there would come back
         if services.books.is_away:
             raise StorageUnavailable("what has ended lately cannot be booked, and would come back")

@@ -49,6 +49,7 @@ from forebay.admin import Admin, AsyncAdmin
 from forebay.workflows import (
     AsyncRun,
     Budget,
+    CriticalPath,
     Input,
     Piece,
     Retry,
@@ -84,6 +85,7 @@ __all__ = [
     "ClientTimeout",
     "Conflict",
     "ConnectionFailed",
+    "CriticalPath",
     "Delta",
     "ForebayError",
     "ForebayOptions",

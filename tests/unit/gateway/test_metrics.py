@@ -22,7 +22,7 @@ from core.errors import (
 )
 from core.ids import new_request_id
 from core.records import LegRecord, RequestRecord
-from gateway.metrics import Metrics, Vitals, WorkerVitals
+from gateway.metrics import Metrics, RunCounts, Vitals, WorkerVitals
 from gateway.requests import read_call
 from routing.catalog import Catalog, Model
 from tests.fakes.tenancy import principal
@@ -230,6 +230,40 @@ def test_what_there_is_not_is_neither_up_nor_down(metrics: Metrics) -> None:
     assert value(metrics, "forebay_database_up") is None
 
 
+def test_runs_and_their_calls_are_counted_by_kind_and_state(metrics: Metrics) -> None:
+    use(metrics.runs)
+
+    assert value(metrics, "forebay_runs_accepted_total") == 1
+    assert value(metrics, "forebay_runs_open") == 1
+    assert value(metrics, "forebay_runs_ended_total", state="failed") == 1
+    assert value(metrics, "forebay_run_duration_seconds_sum") == 2.5
+    assert value(metrics, "forebay_run_calls_started_total", kind="llm") == 1
+    assert value(metrics, "forebay_run_calls_ended_total", kind="llm", state="done") == 1
+    assert value(metrics, "forebay_run_calls_retried_total", kind="llm") == 1
+    assert value(metrics, "forebay_run_commit_events_sum") == 12
+    assert value(metrics, "forebay_run_commit_events_bucket", le="20.0") == 1
+    metrics.runs.closed()
+    assert value(metrics, "forebay_runs_open") == 0
+
+
+def use(runs: RunCounts) -> None:
+    """Count one of everything."""
+    runs.accepted()
+    runs.opened()
+    runs.call_started("llm")
+    runs.call_retried("llm")
+    runs.call_ended("llm", "done")
+    runs.run_lasted(2.5)
+    runs.ended("failed")
+    runs.committed(12)
+
+
+def test_streams_of_events_are_counted_while_they_are_open(metrics: Metrics) -> None:
+    with metrics.runs.watching():
+        assert value(metrics, "forebay_run_watchers") == 1
+    assert value(metrics, "forebay_run_watchers") == 0
+
+
 def test_reloads_are_counted_from_zero(metrics: Metrics) -> None:
     assert value(metrics, "forebay_config_reloads_total", result="refused") == 0
     metrics.count_reload(is_applied=True)
@@ -289,6 +323,7 @@ def model_of(name: str, catalog: Catalog) -> str | None:
 def busy_families() -> list[Metric]:
     metrics = Metrics()
     metrics.watch(lambda: BUSY)
+    use(metrics.runs)
     metrics.observe(
         record(model="small", asked_model="big", stream=True, first_byte_s=0.01, overhead_s=0.001, usage=Usage(5, 3),
                tenant="acme", legs=(LegRecord("big-0", "big", 0.0, 0.1, "lost"),

@@ -253,7 +253,7 @@ def test_our_object_is_an_object(value: object) -> None:
     assert refusal(forebay=value).param == "forebay"
 
 
-@pytest.mark.parametrize("key", ["cache", "objective", "deadline_ms", "route", "examples", "kv"])
+@pytest.mark.parametrize("key", ["cache", "route", "examples", "kv"])
 def test_what_is_not_built_yet_is_refused_by_name(key: str) -> None:
     error = refusal(forebay={key: {}})
 
@@ -282,8 +282,48 @@ def test_headers_are_twins_of_options_and_the_body_wins(label: str) -> None:
 
 
 def test_an_unknown_header_of_ours_is_refused() -> None:
-    with pytest.raises(UnsupportedParameter):
+    with pytest.raises(UnsupportedParameter, match=r"the header `x-forebay-sesion`.*did you mean `session`"):
         chat({"x-forebay-sesion": "x"})
+
+
+def test_objective_and_deadline_are_said_in_the_body_or_in_headers() -> None:
+    nothing = chat().context
+    assert (nothing.objective, nothing.deadline_s) == (None, None)
+    said = own(objective="throughput", deadline_ms=1500.5).context
+    assert (said.objective, said.deadline_s) == ("throughput", 1.5005)
+    headers = {"x-forebay-objective": "latency", "x-forebay-deadline-ms": " 250 ", "x-forebay-class": "batch"}
+    told = chat(headers).context
+    assert (told.objective, told.deadline_s, told.urgency) == ("latency", 0.25, "batch")
+    both = chat(headers, forebay={"deadline_ms": 9000}).context
+    assert (both.objective, both.deadline_s) == ("latency", 9.0)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, None, "5", [], 86_400_001, 10**400])
+def test_a_deadline_is_a_number_of_milliseconds(value: object) -> None:
+    assert refusal(forebay={"deadline_ms": value}).param == "forebay.deadline_ms"
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [("deadline-ms", "soon"), ("deadline-ms", "-1"), ("deadline-ms", "0"), ("deadline-ms", "9" * 30),
+     ("deadline-ms", "nan"), ("deadline-ms", "²"), ("objective", "both"), ("class", "urgent"), ("session", ""),
+     ("end-user", "x" * 129)],
+)  # fmt: skip
+def test_a_wrong_header_is_told_with_its_key(header: str, value: str) -> None:
+    key = header.replace("-", "_")
+    with pytest.raises(InvalidRequest) as caught:
+        read_call(
+            Endpoint.CHAT, json.dumps(HELLO).encode(), {b"x-forebay-" + header.encode(): value.encode("latin-1")},
+            request_id=RequestId("req_1"), principal=ALL, catalog=CATALOG,
+        )  # fmt: skip
+    assert caught.value.param == f"forebay.{key}"
+    assert f"`forebay.{key}` (the header `x-forebay-{header}`)" in caught.value.message
+
+
+def test_a_wrong_header_does_not_matter_where_the_body_says_it() -> None:
+    assert chat({"x-forebay-objective": "both"}, forebay={"objective": "latency"}).context.objective == "latency"
+    wrong = refusal(forebay={"objective": "both"})
+    assert "header" not in wrong.message
 
 
 def test_the_end_user_may_come_from_openais_fields() -> None:

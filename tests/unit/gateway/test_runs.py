@@ -1,13 +1,15 @@
 """What a run keeps of itself: its history, the log that makes it durable, and those who follow it."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
 
-from core.workflows import RunEvent, RunState
-from gateway.runs.following import MOST_SAYINGS, TAIL, Following
+from core.errors import Conflict as Refused
+from core.errors import InternalError, UnknownId
+from core.workflows import RunAnswer, RunEvent, RunLetter
+from gateway.runs.following import MOST_SAYINGS, MOST_TEXT, TAIL, Following
 from gateway.runs.history import (
     INTERRUPTED,
     Appended,
@@ -21,9 +23,11 @@ from gateway.runs.history import (
     Waiting,
     Wanted,
 )  # fmt: skip
+from gateway.runs.letters import Askable, Letter, answer_to, check
 from gateway.runs.log import RunLog
 from semantic_vars.budget import Spent
-from semantic_vars.calls import Given, Workflow
+from semantic_vars.calls import Criteria, Given, Workflow
+from semantic_vars.events import Put
 from semantic_vars.variable import Failure, Outcome, State, done
 from storage.sql.database import Conflict, StorageUnavailable
 from storage.sql.workflows import Change
@@ -94,7 +98,6 @@ class Wrote:
 
     def __init__(self, name: str) -> None:
         self.id = name
-        self.state: RunState = "running"
         self.unwritten: list[RunEvent] = []
         self.durable: list[int] = []
         self.is_lost = False
@@ -102,9 +105,9 @@ class Wrote:
     def note(self, number: int) -> None:
         self.unwritten.append(RunEvent(self.id, number, b"{}"))
 
-    def take_unwritten(self) -> tuple[RunEvent, ...]:
+    def take_change(self, at: float) -> Change:
         events, self.unwritten = tuple(self.unwritten), []
-        return events
+        return Change(self.id, events, "running", at)
 
     def written(self, events: Sequence[RunEvent]) -> None:
         self.durable += [event.number for event in events]
@@ -181,6 +184,75 @@ async def test_a_run_that_another_gateway_has_is_let_go_and_the_others_are_kept(
     assert other.durable == [1]
 
 
+class Asked:
+    """A run that notes what it is asked for, and refuses it with an error that it was given."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.asked: list[object] = []
+        self.error = error
+
+    def _take(self, what: object) -> None:
+        if self.error is not None:
+            raise self.error
+        self.asked.append(what)
+
+    def append(self, more: Appended) -> None:
+        self._take(more)
+
+    def want(self, variable: str, criteria: Criteria) -> None:
+        self._take(Wanted(variable, criteria))
+
+    def cancel(self, calls: tuple[str, ...]) -> None:
+        self._take(Stopped(calls))
+
+    def put(self, put: Put) -> None:
+        self._take(put)
+
+
+MORE = Appended(workflow(llm("b", "{{a}}")).calls, {"v": Given(value=2), "o": Given(open=True)}, ("b",), "once")
+ASKS: Sequence[Callable[[Askable], None]] = (
+    lambda run: run.append(MORE),
+    lambda run: run.want("b", "throughput"),
+    lambda run: run.cancel(("a", "b")),
+    lambda run: run.cancel(()),
+    lambda run: run.put(Put("v", {"n": [1, None]})),
+    lambda run: run.put(Put("v", failure="no")),
+)
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_a_run_is_asked_by_letter_as_it_would_be_asked_itself(ask: Callable[[Askable], None]) -> None:
+    direct, through, letter = Asked(), Asked(), Letter()
+    ask(direct)
+    ask(letter)
+    check(answer_to(RunLetter(1, "r", letter.body), through))
+    assert through.asked == direct.asked
+    assert len(direct.asked) == 1
+
+
+@pytest.mark.parametrize("error", [Refused("it is set"), UnknownId("no such variable"), InternalError("hm")])
+def test_who_is_refused_by_letter_gets_the_same_error(error: Exception) -> None:
+    letter = Letter()
+    letter.put(Put("v", 1))
+    answer = answer_to(RunLetter(7, "r", letter.body), Asked(error))
+    assert answer.number == 7
+    with pytest.raises(type(error), match=str(error)):
+        check(answer)
+
+
+def test_a_letter_that_breaks_something_is_answered_all_the_same() -> None:
+    letter = Letter()
+    letter.cancel(())
+    with pytest.raises(InternalError, match="its log has more"):
+        check(answer_to(RunLetter(1, "r", letter.body), Asked(ZeroDivisionError())))
+    with pytest.raises(InternalError, match="its log has more"):
+        check(answer_to(RunLetter(1, "r", b"nonsense"), Asked()))
+
+
+def test_an_answer_that_says_nothing_is_a_yes() -> None:
+    check(RunAnswer(1, b"{}"))
+
+
 def event(number: int) -> RunEvent:
     return RunEvent("r", number, b"%d" % number)
 
@@ -192,6 +264,14 @@ async def nothing(_run: str, _after: int) -> Sequence[RunEvent]:
 async def collect(following: Following, after: int, into: list[int | bytes]) -> None:
     async for one in following.follow(after):
         into.append(one if isinstance(one, bytes) else one.number)
+
+
+def text_of(told: int | bytes) -> int | str:
+    if isinstance(told, int):
+        return told
+    piece = msgspec.json.decode(told)
+    assert piece["event"] == "variable.delta"
+    return f"{piece['variable']}/{piece['attempt']} {piece['text']}"
 
 
 async def test_a_follower_gets_every_event_once_and_what_is_said_meanwhile() -> None:
@@ -209,6 +289,19 @@ async def test_a_follower_gets_every_event_once_and_what_is_said_meanwhile() -> 
     assert following.num_listeners == 0
 
 
+async def test_who_leaves_takes_nothing_from_the_others() -> None:
+    following = Following("r", nothing)
+    seen: list[list[int | bytes]] = [[] for _ in range(3)]
+    tasks = [asyncio.create_task(collect(following, 0, one)) for one in seen]
+    await turns()
+    tasks[1].cancel()
+    await turns()
+    following.say(b"text")
+    following.end()
+    await asyncio.wait(tasks)
+    assert seen == [[b"text"], [], [b"text"]]
+
+
 async def test_a_follower_that_is_far_behind_reads_what_was_kept() -> None:
     async def read(_run: str, after: int) -> Sequence[RunEvent]:
         return [event(number) for number in range(after + 1, min(after + 401, TAIL + 50))]
@@ -219,6 +312,77 @@ async def test_a_follower_that_is_far_behind_reads_what_was_kept() -> None:
     following.end()
     await collect(following, 5, seen)
     assert seen == list(range(6, TAIL + 100))
+
+
+async def test_a_late_follower_gets_first_what_calls_under_way_have_said() -> None:
+    following = Following("r", nothing)
+    early: list[int | bytes] = []
+    late: list[int | bytes] = []
+    following.tell([event(1)])
+    following.say_text("a", 1, "One, ")
+    tasks = [asyncio.create_task(collect(following, 0, early))]
+    await turns()
+    following.say_text("a", 1, "two, ")
+    following.say_text("b", 2, "else")
+    tasks.append(asyncio.create_task(collect(following, 0, late)))
+    await turns()
+    following.say_text("a", 1, "three.")
+    following.fall_silent("a", 1)
+    await turns()
+    following.tell([event(2)])
+    following.end()
+    await asyncio.gather(*tasks)
+    assert [text_of(one) for one in early] == [1, "a/1 One, ", "a/1 two, ", "b/2 else", "a/1 three.", 2]
+    assert [text_of(one) for one in late] == [1, "a/1 One, two, ", "b/2 else", "a/1 three.", 2]
+
+
+async def test_what_was_said_by_a_call_that_has_ended_is_not_told_to_who_comes_later() -> None:
+    following = Following("r", nothing)
+    seen: list[int | bytes] = []
+    following.say_text("a", 1, "void")
+    following.fall_silent("a", 1)
+    following.say_text("a", 2, "")
+    following.end()
+    await collect(following, 0, seen)
+    assert seen == []
+
+
+async def test_a_text_that_is_too_long_to_be_kept_is_not_told_in_part() -> None:
+    following = Following("r", nothing)
+    seen: list[int | bytes] = []
+    following.say_text("a", 1, "x" * MOST_TEXT)
+    following.say_text("b", 1, "y" * MOST_TEXT)
+    following.say_text("b", 1, "y")
+    following.say_text("b", 1, "y")
+    following.end()
+    await collect(following, 0, seen)
+    assert [text_of(one) for one in seen] == ["a/1 " + "x" * MOST_TEXT]
+
+
+async def test_pieces_that_come_while_a_late_follower_catches_up_come_once() -> None:
+    async def read(_run: str, after: int) -> Sequence[RunEvent]:
+        following.say_text("a", 1, "b")
+        await asyncio.sleep(0)
+        return [event(after + 1)]
+
+    following = Following("r", read, last=3)
+    seen: list[int | bytes] = []
+    following.say_text("a", 1, "a")
+    task = asyncio.create_task(collect(following, 0, seen))
+    await turns()
+    following.say_text("a", 1, "c")
+    following.end()
+    await task
+    assert [text_of(one) for one in seen] == [1, 2, 3, "a/1 abbb", "a/1 c"]
+
+
+async def test_a_run_whose_events_are_gone_is_followed_no_longer() -> None:
+    async def read(_run: str, _after: int) -> Sequence[RunEvent]:
+        return ()
+
+    seen: list[int | bytes] = []
+    await collect(Following("r", read, last=3), 0, seen)
+    assert seen == []
 
 
 async def test_a_slow_follower_loses_what_is_said_and_nothing_that_is_kept() -> None:

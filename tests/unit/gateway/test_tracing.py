@@ -14,7 +14,7 @@ from core.chat import Usage
 from core.records import LegRecord, RequestRecord
 from core.spans import span_of_leg
 from gateway.otlp import Exporter
-from gateway.tracing import Finished, Trace, Tracing
+from gateway.tracing import UNTRACED, Finished, Span, Trace, Tracing
 from tests.fakes.collector import Collector
 
 PARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -197,6 +197,21 @@ async def test_who_the_end_user_is_and_what_it_calls_its_work_stays_here() -> No
     collector = await exported((record(model="m", **private), trace_of()))
 
     assert b"canary" not in collector.raw
+
+
+async def test_a_span_that_is_complete_is_sent_as_it_is() -> None:
+    trace = trace_of(PARENT)
+    run = Span("invoke_workflow summary", 100.0, 101.5, {"forebay.run.id": "run_1", "forebay.run.calls": 2}, "broken")
+    (span,) = (await exported((run, trace))).spans
+
+    assert (span.name, span.kind, span.is_error) == ("invoke_workflow summary", "internal", True)
+    assert (span.trace_id, span.id, span.parent_id) == (trace.hex_id, f"{trace.span_id:016x}", "00f067aa0ba902b7")
+    assert (span.started_at, span.ended_at) == pytest.approx((100.0, 101.5))
+    assert span.attributes == {"forebay.run.id": "run_1", "forebay.run.calls": 2, "error.type": "broken"}
+
+
+def test_below_a_span_that_is_not_traced_nothing_is() -> None:
+    assert tracing(sample=1.0).start(UNTRACED) is None
 
 
 # --- batches

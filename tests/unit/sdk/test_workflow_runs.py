@@ -171,6 +171,46 @@ async def test_a_run_tells_its_usage_its_state_and_its_graph() -> None:
         assert await run.graph("mermaid") == "a graph as mermaid"
 
 
+PARTS = {"client_s": 0.0, "held_s": 0.0, "queue_s": 0.25, "engine_s": 0.5, "other_s": 0.25}
+STEP: dict[str, Any] = {
+    "call": "step", "kind": "llm", "state": "done", "attempts": 1, "started_at": 10.0, "ended_at": 11.0,
+    "cached_tokens": 4, **PARTS,
+}  # fmt: skip
+PATH = {"calls": [{**STEP, "new": 1}], "seconds": 1.0, **PARTS, "round_trips_saved": 0, "prefill_saved": 4, "new": 1}
+
+
+async def test_a_run_tells_what_took_its_time() -> None:
+    gateway = RunningGateway()
+    async with gateway.client() as client, client.run() as run:
+        await step("a")
+        gateway.fails.append(httpx.Response(200, json={"critical_path": PATH}))
+        path = await run.critical_path()
+        assert gateway.requests[-1].url.params["critical_path"] == "true"
+        assert await run.critical_path() is None, "an older gateway does not tell"
+
+    assert path == forebay.CriticalPath(
+        (forebay.workflows.Step(**STEP),), 1.0, **PARTS, round_trips_saved=0, prefill_saved=4
+    )
+
+
+async def test_a_critical_path_that_lacks_something_is_a_malformed_answer() -> None:
+    gateway = RunningGateway()
+    async with gateway.client() as client, client.run() as run:
+        await step("a")
+        gateway.fails.append(httpx.Response(200, json={"critical_path": {"calls": []}}))
+        with pytest.raises(forebay.MalformedAnswer, match="seconds"):
+            await run.critical_path()
+
+
+async def test_a_run_tells_how_many_calls_there_are_in_each_state() -> None:
+    gateway = RunningGateway()
+    async with gateway.client() as client, client.run() as run:
+        await step("a")
+        told = {"state": "running", "variables": {}, "calls": {"running": 2, "done": 1, "failed": 0}}
+        gateway.fails.append(httpx.Response(200, json=told))
+        assert (await run.status()).calls == {"running": 2, "done": 1}
+
+
 async def test_nothing_can_be_asked_of_a_run_without_calls() -> None:
     gateway = RunningGateway()
     async with gateway.client() as client, client.run() as run:

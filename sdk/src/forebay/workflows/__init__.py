@@ -2,7 +2,7 @@
 
 from forebay.workflows._bodies import Loop
 from forebay.workflows._functions import LlmFunction, RemoteTool, ToolFunction, embed, llm, prompt, tool
-from forebay.workflows._options import Budget, RunStatus
+from forebay.workflows._options import Budget, CriticalPath, RunStatus, Step
 from forebay.workflows._run import AsyncRun
 from forebay.workflows._sync import Run
 from forebay.workflows._terms import Retry
@@ -11,6 +11,7 @@ from forebay.workflows._var import Input, Piece, Var, join
 __all__ = [
     "AsyncRun",
     "Budget",
+    "CriticalPath",
     "Input",
     "LlmFunction",
     "Loop",
@@ -19,6 +20,7 @@ __all__ = [
     "Retry",
     "Run",
     "RunStatus",
+    "Step",
     "ToolFunction",
     "Var",
     "embed",

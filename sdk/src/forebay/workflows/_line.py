@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 from urllib.parse import quote
 
@@ -22,7 +23,7 @@ from forebay.events import (
     VarSkipped,
 )
 from forebay.workflows._feed import Send, Told, follow
-from forebay.workflows._options import RunStatus
+from forebay.workflows._options import CriticalPath, RunStatus, Step
 from forebay.workflows._var import Criteria
 
 _WAIT_S = 30
@@ -31,6 +32,8 @@ _WAIT_AMONG_MANY_S = 1
 _SHORTEST_WAIT_S = 0.2  # between two questions, where the gateway answers before the time
 
 _RUN_ENDS = (RunDone, RunFailed, RunSkipped, RunCancelled)
+_OF_STEP = tuple(field.name for field in fields(Step))
+_SUMS = tuple(field.name for field in fields(CriticalPath) if field.name != "steps")
 _VAR_ENDS = (VarDone, VarFailed, VarSkipped, VarCancelled)
 
 
@@ -80,7 +83,20 @@ class Line:
         """Return where the run is."""
         told = _object(await self._get(self._workflow()))
         variables = {name: str(variable.get("state")) for name, variable in told.get("variables", {}).items()}
-        return RunStatus(str(self.run), str(told.get("state")), variables, told.get("usage") or {})
+        calls = {name: count for name, count in (told.get("calls") or {}).items() if count}
+        return RunStatus(str(self.run), str(told.get("state")), variables, told.get("usage") or {}, calls)
+
+    async def critical_path(self) -> CriticalPath | None:
+        """Return what determined how long the run has taken; None while nothing has ended."""
+        told = _object(await self._get(self._workflow(), {"critical_path": "true"})).get("critical_path")
+        if told is None:
+            return None
+        try:
+            sums = {name: told[name] for name in _SUMS}
+            steps = tuple(Step(**{name: step[name] for name in _OF_STEP}) for step in told["calls"])
+            return CriticalPath(steps, **sums)
+        except (KeyError, TypeError) as error:
+            raise MalformedAnswer(f"the critical path of run {self.run} lacks something: {error!r}") from error
 
     async def graph(self, format: str) -> str:
         """Return a drawing of the graph."""

@@ -28,7 +28,7 @@ from forebay.events import Event, VarDone
 from forebay.workflows._bodies import Writing
 from forebay.workflows._feed import Send
 from forebay.workflows._line import Line
-from forebay.workflows._options import RunOptions, RunStatus
+from forebay.workflows._options import CriticalPath, RunOptions, RunStatus
 from forebay.workflows._pieces import Pieces
 from forebay.workflows._portal import Portal
 from forebay.workflows._progress import Progress
@@ -221,8 +221,14 @@ class AsyncRun(Writing):
         return await self._line.status()
 
     async def usage(self) -> Mapping[str, Any]:
-        """Return what the run has used so far: ``tokens``, and ``cost`` in US dollars."""
+        """Return what the run has used so far: ``tokens``, of which there are ``prompt_tokens`` (``cached_tokens`` of
+        them not processed anew) and ``completion_tokens``, in so many ``requests``, and ``cost`` in US dollars."""
         return (await self.status()).usage
+
+    async def critical_path(self) -> CriticalPath | None:
+        """Return the calls that determined how long the run has taken so far; None while none has ended."""
+        await self._sent()
+        return await self._line.critical_path()
 
     async def graph(self, format: GraphFormat = "mermaid") -> str:
         """Return a drawing of the graph."""

@@ -10,7 +10,7 @@ import httpx
 
 from forebay.events import Event
 from forebay.workflows._bodies import Writing
-from forebay.workflows._options import RunOptions, RunStatus
+from forebay.workflows._options import CriticalPath, RunOptions, RunStatus
 from forebay.workflows._portal import Portal
 from forebay.workflows._run import AsyncRun, GraphFormat
 from forebay.workflows._trace import Block
@@ -86,8 +86,12 @@ class Run(Writing):
         return self._portal.call(self._run.status())
 
     def usage(self) -> Mapping[str, Any]:
-        """Return what the run has used so far: ``tokens``, and ``cost`` in US dollars."""
+        """Return what the run has used so far, as ``AsyncRun.usage`` does."""
         return self._portal.call(self._run.usage())
+
+    def critical_path(self) -> CriticalPath | None:
+        """Return the calls that determined how long the run has taken so far; None while none has ended."""
+        return self._portal.call(self._run.critical_path())
 
     def graph(self, format: GraphFormat = "mermaid") -> str:
         """Return a drawing of the graph."""
