@@ -43,8 +43,9 @@ from benchmarks.dataflow.plans import chosen, full, quick
 from benchmarks.dataflow.report import this_machine, write
 from benchmarks.dataflow.verdicts import judged
 from benchmarks.loopback.cache import folder
-from benchmarks.loopback.processes import Cores
+from benchmarks.loopback.processes import Cores, Failed
 from benchmarks.reporting import RESULTS, beginning, exit_status
+from tests.fakes.gateway import GatewayFailedError
 
 FULL_ROUNDS, QUICK_ROUNDS = 3, 1
 CHAOS = "chaos"
@@ -87,9 +88,13 @@ async def measure(given: argparse.Namespace, run: Run, cores: Cores) -> chaos.St
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else FULL_ROUNDS)
     async with Stable(cores.gateway) as stable:
         await run.measure(run.parts, rounds, stable)
-    if CHAOS in given.workloads and given.engine in {None, "llamacpp"} and not given.arms:
+    if CHAOS not in given.workloads or given.engine not in {None, "llamacpp"} or given.arms:
+        return None
+    try:
         return await chaos.peaceful_and_stormy(cores.gateway, is_quick=given.quick)
-    return None
+    except (Failed, GatewayFailedError, TimeoutError) as error:
+        run.problems.append(f"chaos: {type(error).__name__} {' '.join(str(error).split())[:200]}")
+        return None
 
 
 def bench(given: argparse.Namespace) -> bool:

@@ -113,8 +113,8 @@ def vllm_of(given: argparse.Namespace, plan: Plan) -> Vllm:
     if given.cpu:
         on_cpu = Vllm.on_cpu()
         return Vllm((*on_cpu.argv, *more), {**on_cpu.env, **env})
-    words = {"{source}": given.source, "{name}": VLLM_MODEL}
-    argv = [words.get(word, word) for word in json.loads(given.command)]
+    words: list[str] = json.loads(given.command)
+    argv = [word.replace("{source}", given.source).replace("{name}", VLLM_MODEL) for word in words]
     env = {"CUDA_VISIBLE_DEVICES": str(given.gpu), **env}
     return Vllm((*argv, *more, "--max-model-len", str(plan.context)), env)
 

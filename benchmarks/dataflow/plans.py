@@ -117,19 +117,19 @@ def quick() -> tuple[Part, ...]:
         _chain(0.1, {0: two, 100: two}),
         Part(
             "chains",
-            partial(workloads.chains, apps=12, steps=4, words=40, tokens=12, spread_s=1.0),
+            partial(workloads.chains, apps=12, steps=3, words=40, tokens=12, spread_s=1.0),
             Stand("llamacpp", 1, 4),
             {0: two},
         ),
         Part(
             "shared_prefix",
-            partial(workloads.shared_prefix, prefixes=4, users=3, prefix_words=150, words=12, tokens=8, per_s=2.0),
+            partial(workloads.shared_prefix, prefixes=4, users=3, prefix_words=120, words=12, tokens=8, per_s=1.0),
             Stand("llamacpp", 2, 4),
             {0: two},
         ),
         Part(
             "multi_agent",
-            partial(workloads.multi_agent, apps=4, coders=3, rounds=1, words=60, tokens=12, per_s=1.0),
+            partial(workloads.multi_agent, apps=3, coders=3, rounds=1, words=60, tokens=12, per_s=1.0),
             Stand("llamacpp", 2, 4),
             {0: ("good-affinity", "forebay")},
         ),

@@ -142,7 +142,7 @@ class Worker:
             context,
             objective=standing.criteria,
             deadline_s=standing.left_s if standing.left_s is not None else context.deadline_s,
-            role=Role(age_s, standing.remaining_s),
+            role=Role(age_s, standing.remaining_s, is_followed=standing.level > 0 and standing.group is None),
             prefixes=_prefixes(work, call),
         )
         return msgspec.structs.replace(call, context=context)

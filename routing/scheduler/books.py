@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from core.ids import LegId, ModelName, RequestId, WorkerId
 from routing.fairness.policy import Fairness
 from routing.scheduler.events import WorkerView
+from routing.scheduler.keeping import KEPT_S, Kept, Program, program_of
 from routing.scheduler.paying import release_owed
 from routing.scheduler.state import FOREVER, Leg, Model, Request, WorkerState
 from routing.scheduler.waves import has_led, lead
@@ -23,6 +24,7 @@ class Books:
         self.workers: dict[WorkerId, WorkerState] = {}
         self.models: dict[ModelName, Model] = {}
         self._fairness = fairness
+        self._kept: dict[Program, Kept] = {}
         self._wakeups: list[tuple[float, int, ModelName, RequestId | None]] = []
         self._order = itertools.count()  # keeps the heap from comparing what has no order
 
@@ -112,14 +114,40 @@ class Books:
         elif leg.cut_for is not None:
             worker.num_cutting -= 1
 
+    def keep(self, request: Request, worker: WorkerState, now: float) -> None:
+        """Keep a slot of the worker, which has room, for the next call of a request's run; one at a time."""
+        program, model = program_of(request), self.models[request.model]
+        if program in self._kept or worker.room <= 0 or worker.view.model != model.name:
+            return
+        self._kept[program] = Kept(worker, model.name, now + KEPT_S)
+        self._hold_slot(model, worker, 1)
+        self.wake(now + KEPT_S, model.name)
+
+    def claim_kept(self, request: Request) -> None:
+        """Make the slot that is kept for the request's run its own, if there is one."""
+        kept = self._kept.get(program_of(request))
+        if kept is not None and kept.model == request.model and request.role is not None:
+            del self._kept[program_of(request)]
+            request.target = kept.worker
+
+    def drop_kept(self, model: Model, now: float) -> None:
+        """Give free what was kept of the model's slots and is wanted no more."""
+        for program, kept in list(self._kept.items()):
+            if kept.model == model.name and kept.until <= now:
+                del self._kept[program]
+                self._hold_slot(model, kept.worker, -1)
+
+    def _hold_slot(self, model: Model, worker: WorkerState, num: int) -> None:
+        worker.num_held += num
+        model.num_held += num
+        self.models[worker.view.model].refresh(worker)
+
     def drop_target(self, request: Request) -> None:
         """Give free the slot that is kept for the request, if there is one."""
         target = request.target
         if target is not None:
             request.target = None
-            target.num_held -= 1
-            self.models[request.model].num_held -= 1
-            self.models[target.view.model].refresh(target)
+            self._hold_slot(self.models[request.model], target, -1)
 
     def forget(self, request: Request, now: float) -> None:
         """The request is over."""

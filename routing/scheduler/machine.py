@@ -26,6 +26,7 @@ from routing.scheduler.events import (
     Tokens,
     Worker,
 )
+from routing.scheduler.keeping import is_worth_keeping
 from routing.scheduler.memory import Memory, recall, remember
 from routing.scheduler.paying import (
     charge_prompt,
@@ -155,6 +156,7 @@ class Scheduler:
         request = Request(event, account, next(self._arrivals))
         self._books.requests[request.id] = request
         model.line.arrive(request)
+        self._books.claim_kept(request)
         return self._enqueue(request, event.now)
 
     def _on_tokens(self, event: Tokens) -> list[Effect]:
@@ -225,6 +227,8 @@ class Scheduler:
             worker.pace.observe_step((leg.load + worker.num_running + 1) / 2, (event.now - leg.first_at) / leg.ran)
             self._books.models[worker.view.model].refresh(worker)  # it may take more now, or less
         self._judge(leg, event)
+        if event.cause == "done" and is_worth_keeping(self._books.models[request.model], request, event.now):
+            self._books.keep(request, worker, event.now)
         effects = self._after_leg(request, leg, event)
         effects += self._decide(self._books.models[worker.view.model], event.now)
         return effects
@@ -250,12 +254,14 @@ class Scheduler:
     def _on_tick(self, event: Tick) -> list[Effect]:
         effects: list[Effect] = []
         models: dict[ModelName, None] = {}
-        for model, request in self._books.due(event.now):
-            models[model] = None
+        for due, request in self._books.due(event.now):
+            models[due] = None
             if request is not None and request.leg is None and event.now >= request.deadline:
                 effects += self._expire(request, event.now)
-        for model in models:
-            effects += self._decide(self._books.models[model], event.now)
+        for name in models:
+            model = self._books.models[name]
+            self._books.drop_kept(model, event.now)
+            effects += self._decide(model, event.now)
         return effects
 
     def _on_adopt(self, event: Adopt) -> list[Effect]:
@@ -349,7 +355,8 @@ class Scheduler:
         if not has_returned:
             request.deadline = now + request.queue_timeout
         request.waits_since = now
-        if not len(line) and (start := self._try_start(model, request, now)) is not None:
+        may_begin = not len(line) or request.target is not None
+        if may_begin and (start := self._try_start(model, request, now)) is not None:
             return [start]
         if not model.has_hope:
             return self._fall_back(request, now, Reject(request.id, why="no_healthy_worker", retry_after=1.0))

@@ -66,7 +66,7 @@ class AnyHistory(RuleBasedStateMachine):
                 "rank": st.integers(0, 2),
                 "program": st.sampled_from(["", "p", "q"]),
                 "weight": st.sampled_from([0.5, 1.0, 3.0]),
-                "role": st.sampled_from([None, None, Role(0.0, 5.0), Role(60.0, 1.0)]),
+                "role": st.sampled_from([None, None, Role(0.0, 5.0), Role(60.0, 1.0, is_followed=True)]),
                 "prefixes": st.sampled_from([(), (), (SHORT,), (SHORT, LONG), (LONG, OTHER)]),
                 "deadline": st.sampled_from([None, None, 1.0, 30.0]),
                 "urgent": st.booleans(),
