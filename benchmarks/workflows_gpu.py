@@ -82,14 +82,15 @@ class Plan:
         ]
 
 
+# Answers of random weights are texts of more than twice as many tokens: what is put together has to fit the context.
 GPU = Plan(
     many=64, few=8, context=8192, rounds=4,
     chains=partial(workloads.chains, apps=25, steps=8, words=250, tokens=48),
-    map_reduce=partial(workloads.map_reduce, width=64, words=350, tokens=50, last=100),
+    map_reduce=partial(workloads.map_reduce, width=64, words=350, tokens=24, last=100),
     multi_agent=partial(workloads.multi_agent, apps=8, coders=8, rounds=3, words=300, tokens=64, per_s=2.0),
     mixed=partial(
         workloads.mixed, chats=60, chats_per_s=6.0, chat_words=80, chat_tokens=48, apps=5, apps_per_s=0.5, width=48,
-        words=350, tokens=50, last=100,
+        words=350, tokens=24, last=100,
     ),
 )  # fmt: skip
 CPU = Plan(

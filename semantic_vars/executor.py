@@ -288,6 +288,8 @@ class Executor:
     def _heard(self, instance: Instance, variable: Variable) -> None:
         if instance.phase is Phase.OPEN:
             inner: Inner = instance.inner
+            if isinstance(inner, Elements) and variable.producer is not None:
+                del instance.scopes[variable.producer.scope]  # a long list costs memory for its values alone
             inner.heard(variable)
         elif instance.phase is Phase.WAITING:
             instance.unmet -= 1
@@ -597,7 +599,7 @@ class Executor:
         return scope
 
     def _follow(self, owner: Instance, instance: Instance) -> Variable:
-        owner.scopes.append(instance.scope)
+        owner.scopes[instance.scope] = None
         instance.scope.instances.append(instance)
         instance.output.consumers.append(owner)
         instance.output.num_needed += 1
@@ -606,7 +608,7 @@ class Executor:
 
     def close(self, owner: Instance) -> None:
         """Cancel what runs within; see ``House``."""
-        scopes, owner.scopes = owner.scopes, []
+        scopes, owner.scopes = owner.scopes, {}
         for scope in scopes:
             for instance in scope.instances:
                 if instance.phase is not Phase.ENDED:

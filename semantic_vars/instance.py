@@ -91,7 +91,7 @@ class Instance:
         self.work: Any = None
         self.reserved = Spent()
         self.inner: Any = None
-        self.scopes: list[Scope] = []
+        self.scopes: dict[Scope, None] = {}
 
     def uses(self) -> Iterator[Variable]:
         """The variables that live for it: what it waits for, and what its blocks take from around it."""

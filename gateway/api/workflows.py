@@ -9,7 +9,7 @@ import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from core.errors import InvalidJson, InvalidRequest, UnknownId
+from core.errors import InvalidJson, InvalidRequest, Unavailable, UnknownId
 from core.workflows import RunEvent, RunRecord, RunState
 from gateway.api.common import read_body
 from gateway.api.runs_shapes import frame_of, path_of, run_of, settles, summary_of, variable_of
@@ -142,9 +142,10 @@ class _Workflows:
         principal = self._identify(request)
         which: _Which = await self._body_of(request, principal, _Which)
         found = await self._runs.find(principal, run)
-        if isinstance(found, LiveRun):
-            found.cancel(which.calls)
-            await found.durable()
+        if _seen(found)[1].state == "running":
+            asked = await self._runs.ask(principal, run, lambda live: live.cancel(which.calls))
+            await asked.durable()
+            found = asked
         return _json(_told(found))
 
     async def resume(self, run: str, request: Request) -> Response:
@@ -194,9 +195,14 @@ class _Workflows:
         record, history = _seen(found)
         if name not in history.names():
             raise UnknownId(f"the run {run[:64]!r} has no variable {name[:64]!r}")
-        if history.outcome(name) is not None or (record.state == "running" and not isinstance(found, LiveRun)):
+        if history.outcome(name) is not None:
             return found
-        return await self._runs.ask(principal, run, lambda live: live.want(name, criteria))
+        try:
+            return await self._runs.ask(principal, run, lambda live: live.want(name, criteria))
+        except Unavailable:
+            if record.state == "running" and not isinstance(found, LiveRun):
+                return found  # another gateway has it and does not answer: what is there can be read all the same
+            raise
 
     async def value(
         self,

@@ -268,13 +268,14 @@ class Driver:
 
     async def _cancel(self, record: BatchRecord, run: str) -> None:
         try:
-            found = await self._runs.find(self._principal_of(record.key), run)
+            principal = self._principal_of(record.key)
+            found = await self._runs.find(principal, run)
+            told = found.told if isinstance(found, LiveRun) else found[1]
+            if told.state == "running":
+                await self._runs.ask(principal, run, lambda live: live.cancel(()))
+                self._pause_s = _LEAST_PAUSE_S
         except ForebayError as error:  # a key that holds no longer: then no call of it will be made either
             _log.info("batch_not_cancelled_yet", batch=record.id, error=str(error))
-            return
-        if isinstance(found, LiveRun) and found.state == "running":
-            found.cancel(())
-            self._pause_s = _LEAST_PAUSE_S
 
     # Finalizing
 

@@ -435,7 +435,7 @@ class TestOpenAIErrors:
 
     async def test_an_unknown_route(self, client: openai.AsyncOpenAI) -> None:
         with pytest.raises(openai.NotFoundError) as caught:
-            await client.files.list()
+            await client.fine_tuning.jobs.list()
 
         assert caught.value.code == "unknown_url"
 

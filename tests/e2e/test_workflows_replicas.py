@@ -116,3 +116,14 @@ async def test_who_comes_in_the_middle_of_an_answer_gets_all_of_it(engine: FakeE
             assert "".join(pieces) == whole
         await engine.faults()
         await client.http.aclose()
+
+
+async def test_a_run_is_wanted_and_given_up_at_a_gateway_that_does_not_have_it(engine: FakeEngine, url: str) -> None:
+    async with two(engine, url) as (_, one, other):
+        call = llm("b", "{{v}}")
+        run = (await one.submit(llm("a", "Say one."), call, variables={"v": {"open": True}}, outputs=["b"]))["id"]
+        assert await other.value(run, "a"), "which nobody had wanted"
+        seen = await other.ask("POST", f"/v1/workflows/{run}/cancel", {})
+        assert seen["state"] == "cancelled"
+        assert (await one.ask("GET", f"/v1/workflows/{run}"))["state"] == "cancelled"
+        assert (await other.ask("POST", f"/v1/workflows/{run}/cancel", {}))["state"] == "cancelled"
