@@ -95,11 +95,13 @@ Work = Request | Errand
 
 class Standing(msgspec.Struct, frozen=True):
     """What a call is for: see ``objectives``. ``remaining_s``: from its start to the end of all that waits for it;
-    ``group``: the calls that end together, how many; ``left_s``: until the run's deadline, if it has one."""
+    ``run_s``: the longest of these in the run; ``group``: the calls that end together, how many; ``left_s``: until the
+    run's deadline, if it has one."""
 
     criteria: Criteria = "latency"
     level: int = 0
     remaining_s: float = 0.0
+    run_s: float = 0.0
     group: str | None = None
     left_s: float | None = None
 

@@ -39,10 +39,14 @@ def deduce(stages: Mapping[str, Stage]) -> dict[str, Standing]:
             remaining_s=stage.seconds + max((one.remaining_s for one in after), default=0.0),
         )
     groups = _groups(stages, standings)
+    run_s = max((standing.remaining_s for standing in standings.values()), default=0.0)
     return {
-        name: msgspec.structs.replace(standing, criteria="throughput", group=groups[name])
-        if name in groups
-        else standing
+        name: msgspec.structs.replace(
+            standing,
+            criteria="throughput" if name in groups else standing.criteria,
+            group=groups.get(name),
+            run_s=run_s,
+        )
         for name, standing in standings.items()
     }
 

@@ -137,12 +137,13 @@ class Worker:
     def _placed(self, run: RunRecord, start: Start, work: Request, call: chat.Call) -> chat.Call:
         """Return the call with what the graph says of it."""
         standing, context = start.standing, call.context
+        is_followed = standing.level > 0 and standing.group is None  # all of a group are waited for
         age_s = max(0.0, self._clock.wall() - run.created_at)
         context = msgspec.structs.replace(
             context,
             objective=standing.criteria,
             deadline_s=standing.left_s if standing.left_s is not None else context.deadline_s,
-            role=Role(age_s, standing.remaining_s, is_followed=standing.level > 0 and standing.group is None),
+            role=Role(age_s, standing.remaining_s, standing.run_s, is_followed=is_followed),
             prefixes=_prefixes(work, call),
         )
         return msgspec.structs.replace(call, context=context)

@@ -47,8 +47,8 @@ class Fairness(msgspec.Struct, frozen=True):
     """Seconds that a token of an urgent answer may take: while one runs, its worker is given no more legs than that
     allows by what was measured of it. 0: as many as it takes."""
     run_order: bool = True
-    """Calls of a workflow's run go by its age and by what is still to be done; else by what it has had, as calls of
-    other programs do."""
+    """Among calls of workflows those go first whose run would end first; else by what it has had, as calls of other
+    programs do."""
     affinity: bool = True
     """A request may go to a busier worker for what that one's cache holds of its prompt, if it is done sooner there."""
     waves: bool = True

@@ -6,11 +6,11 @@ calls seen (the paper gives none; a ladder that is too high orders nothing). Whe
 strictly. A class weighs a minute of waiting and a level five seconds, so whoever waits long enough is first: nobody
 starves, and no promotion has to be watched for. What is ordered here never changes what the tenant as a whole gets.
 
-Of a *run* the graph is known, and with it what is still to be done: attained service says less. A call that has just
-become ready does not queue behind those of runs that began later (Parrot's "app-level FIFO", section 5.4): it counts as
-if it had waited since its run began, and a second of remaining work weighs as much as one of waiting. That finishes
-runs one after another, those with less to do a little sooner, in place of all of them at the end. Within a run the
-call with the longest path behind it is first.
+Of a *run* the graph is known, and with it what is to be done: attained service says less. A call that has just become
+ready does not queue behind those of runs that began later (Parrot's "app-level FIFO", section 5.4): the calls of all
+runs of a class are one row, in the order in which their runs would end if nobody else were there; within a run the call
+with the longest path behind it is first. That finishes runs one after another, short ones sooner, in place of all of
+them at the end. Beside other programs the row counts as its call that waits longest: only among runs turns change.
 """
 
 import heapq
@@ -84,34 +84,48 @@ class Program:
         self.idle_since = 0.0
 
 
+_Name = tuple[str | None, int]
+_CallKey = tuple[float, float, int]
+
+
+def run_ends_at(call: Waiting, role: Role) -> float:
+    """Return when the run of a call would end if it were alone."""
+    return call.arrived_at - role.age_s + role.run_s
+
+
 class _Row(Generic[Call]):
-    """The waiting calls of one program and class: those that have run already, then by what is behind them, then in
-    order of arrival."""
+    """The waiting calls of one program and class, or of all runs of a class: those first that have run already."""
 
-    __slots__ = ("_heap", "_keys", "_num_front", "calls", "name", "program", "rank")
+    __slots__ = ("_arrivals", "_heap", "_keys", "_num_front", "calls", "name", "program", "rank")
 
-    def __init__(self, name: tuple[str, int], program: Program | None) -> None:
+    def __init__(self, name: _Name, program: Program | None) -> None:
         self.name = name
         self.rank = name[1]
         self.program = program
         self.calls: dict[RequestId, Call] = {}
-        self._keys: dict[RequestId, Key] = {}
-        self._heap: list[tuple[Key, RequestId]] = []  # those that have gone too, until they come to the top
+        self._keys: dict[RequestId, _CallKey] = {}
+        # Those that have gone too, until they come to the top.
+        self._heap: list[tuple[_CallKey, RequestId]] = []
+        self._arrivals: list[tuple[float, RequestId]] = []
         self._num_front = 0
 
-    def add(self, call: Call, *, behind_s: float, front: bool) -> None:
+    def add(self, call: Call, role: Role | None, *, front: bool) -> None:
+        key = (run_ends_at(call, role), -role.remaining_s, call.number) if role is not None else (0.0, 0.0, call.number)
         if front:
             self._num_front += 1
-        key = (-math.inf, -self._num_front) if front else (-behind_s, call.number)
+            key = (-math.inf, 0.0, -self._num_front)
         self.calls[call.id] = call
         self._keys[call.id] = key
         heapq.heappush(self._heap, (key, call.id))
+        heapq.heappush(self._arrivals, (call.arrived_at, call.id))
 
     def discard(self, call: Call) -> None:
         del self.calls[call.id], self._keys[call.id]
-        if len(self._heap) > 2 * len(self.calls) + 16:
+        if max(len(self._heap), len(self._arrivals)) > 2 * len(self.calls) + 16:
             self._heap = [(key, name) for name, key in self._keys.items()]
+            self._arrivals = [(call.arrived_at, call.id) for call in self.calls.values()]
             heapq.heapify(self._heap)
+            heapq.heapify(self._arrivals)
 
     @property
     def head(self) -> Call:
@@ -119,6 +133,14 @@ class _Row(Generic[Call]):
         while self._keys.get(heap[0][1]) != heap[0][0]:
             heapq.heappop(heap)
         return self.calls[heap[0][1]]
+
+    @property
+    def since(self) -> float:
+        """When the call came that waits longest."""
+        arrivals = self._arrivals
+        while arrivals[0][1] not in self.calls:
+            heapq.heappop(arrivals)
+        return arrivals[0][0]
 
 
 class Programs(Generic[Call]):
@@ -131,7 +153,7 @@ class Programs(Generic[Call]):
         self.knows_runs = knows_runs
         self._known: dict[str, Program] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()  # those with no call open, the longest idle first
-        self._rows: dict[tuple[str, int], _Row[Call]] = {}
+        self._rows: dict[_Name, _Row[Call]] = {}
         self._order: Ordered[_Row[Call]] = Ordered(self._key)
 
     def __bool__(self) -> bool:
@@ -167,24 +189,21 @@ class Programs(Generic[Call]):
 
     def push(self, request: Call, *, front: bool = False) -> None:
         """Add a request behind those of its program and class, or before them if it has run already."""
-        name = ("", 0) if self.is_flat else (request.program, request.rank)
+        name, role = self._name(request), self._role(request)
         row = self._rows.get(name)
         if row is None:
-            row = self._rows[name] = _Row(name, None if self.is_flat else self._known.get(request.program))
-        role = self._role(request)
-        row.add(request, behind_s=role.remaining_s if role is not None else 0.0, front=front)
+            is_one = not self.is_flat and role is None
+            row = self._rows[name] = _Row(name, self._known.get(request.program) if is_one else None)
+        row.add(request, role, front=front)
         self._order.put(row)
 
     def remove(self, request: Call) -> None:
         """Take out a request that waits here."""
-        name = ("", 0) if self.is_flat else (request.program, request.rank)
-        row = self._rows[name]
+        row = self._rows[self._name(request)]
         row.discard(request)
         if not row.calls:
-            del self._rows[name]
+            del self._rows[row.name]
             self._order.discard(row)
-        elif request.role is not None:
-            self._order.put(row)  # the next one may have less before it
 
     def first(self) -> Call | None:
         """Return the request that is next."""
@@ -195,10 +214,15 @@ class Programs(Generic[Call]):
         head = row.head
         if self.is_flat:
             return (head.number, 0)
-        if (role := self._role(head)) is not None:
-            return (head.arrived_at - role.age_s + role.remaining_s + RANK_S * row.rank, head.number)
+        if row.name[0] is None:
+            return (row.since + RANK_S * row.rank, head.number)
         level = self._ladder.level(row.program.service) if row.program is not None else 0
         return (head.arrived_at + RANK_S * row.rank + LEVEL_S * level, head.number)
+
+    def _name(self, request: Call) -> _Name:
+        if self.is_flat:
+            return ("", 0)
+        return (None if self._role(request) is not None else request.program, request.rank)
 
     def _role(self, request: Call) -> Role | None:
         return request.role if self.knows_runs and not self.is_flat else None

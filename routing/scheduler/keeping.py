@@ -2,12 +2,13 @@
 
 When a call of a run has ended, the one that waits for its answer comes some milliseconds later: by then its slot would
 be somebody else's, and the run would queue at each of its steps, however old it is. So the slot is kept that long, if
-who would have it is a younger run, or none, of the same tenant: among tenants nothing changes.
+who would have it is a run of the same tenant and class that is to end later: for all others nothing changes.
 """
 
 from typing import NamedTuple
 
 from core.ids import ModelName, TenantId
+from routing.fairness.programs import run_ends_at
 from routing.scheduler.state import Model, Request, WorkerState
 
 KEPT_S = 0.02
@@ -35,10 +36,6 @@ def is_worth_keeping(model: Model, request: Request, now: float) -> bool:
     if role is None or not role.is_followed or not model.line.fairness.run_order or model.line.num_had_turn:
         return False
     head = model.line.first_in_turn(now)
-    if head is None or head.account is not request.account or head.program == request.program:
+    if head is None or head.role is None or (head.account, head.rank) != (request.account, request.rank):
         return False
-    return head.role is None or _began(head.arrived_at, head.role.age_s) > _began(request.arrived_at, role.age_s)
-
-
-def _began(arrived_at: float, age_s: float) -> float:
-    return arrived_at - age_s
+    return run_ends_at(head, head.role) > run_ends_at(request, role)

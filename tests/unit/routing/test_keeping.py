@@ -33,11 +33,15 @@ def test_it_is_kept_for_a_moment_only() -> None:
     assert starts(world.submit("old1", program="old", role=LAST)) == []
 
 
-def test_nothing_is_kept_after_the_last_call_from_an_older_run_or_from_another_tenant() -> None:
-    for last, waits, tenant in ((LAST, Role(1.0, 1.0), "t"), (STEP, Role(60.0, 1.0), "t"), (STEP, None, "other")):
+def test_nothing_is_kept_after_the_last_call_or_from_older_runs_other_classes_other_tenants_and_no_runs() -> None:
+    young = Role(1.0, 1.0)
+    for last, waits, tenant, rank in (
+        (LAST, young, "t", 0), (STEP, Role(60.0, 1.0), "t", 0), (STEP, young, "other", 0), (STEP, young, "t", 1),
+        (STEP, None, "t", 0),
+    ):  # fmt: skip
         world = World(view("m-0", slots=1))
         world.submit("old0", program="old", role=last)
-        world.submit("waits", tenant, program="waits", role=waits)
+        world.submit("waits", tenant, program="waits", role=waits, rank=rank)
 
         assert starts(world.end("old0/0")) == [("waits", "m-0")]
 

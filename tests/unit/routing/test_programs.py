@@ -137,18 +137,18 @@ def test_no_more_programs_are_remembered_than_a_bound() -> None:
     assert len(tenant.programs._known) == REMEMBERED
 
 
-def test_a_call_of_a_run_counts_as_if_it_had_waited_since_the_run_began() -> None:
+def test_a_call_of_a_run_goes_before_those_of_runs_that_began_later() -> None:
     tenant = Tenant()
-    tenant.call("chat", at=5.0)
-    tenant.call("run", at=10.0, role=Role(age_s=6.0))
+    tenant.call("young", at=5.0, role=Role(age_s=1.0))
+    tenant.call("old", at=10.0, role=Role(age_s=7.0))
 
-    assert tenant.order() == ["run2", "chat1"]
+    assert tenant.order() == ["old2", "young1"]
 
 
-def test_of_runs_of_one_age_the_one_with_less_before_it_goes_first() -> None:
+def test_of_runs_of_one_age_the_shorter_one_goes_first() -> None:
     tenant = Tenant()
-    tenant.call("long", role=Role(0.0, 9.0))
-    tenant.call("short", role=Role(0.0, 3.0))
+    tenant.call("long", role=Role(0.0, 1.0, run_s=9.0))
+    tenant.call("short", role=Role(0.0, 3.0, run_s=3.0))
 
     assert tenant.order() == ["short2", "long1"]
 
@@ -156,25 +156,34 @@ def test_of_runs_of_one_age_the_one_with_less_before_it_goes_first() -> None:
 def test_inside_a_run_the_call_with_the_longest_path_behind_it_goes_first() -> None:
     tenant = Tenant()
     for remaining_s in (1.0, 5.0, 3.0):
-        tenant.call("run", role=Role(0.0, remaining_s))
-    tenant.call("run", role=Role(0.0, 1.0), front=True)
+        tenant.call("run", role=Role(0.0, remaining_s, run_s=5.0))
+    tenant.call("run", role=Role(0.0, 1.0, run_s=5.0), front=True)
 
     assert tenant.order() == ["run4", "run2", "run3", "run1"]
 
 
-def test_a_run_whose_longest_call_has_started_goes_by_what_is_left() -> None:
+def test_beside_other_programs_runs_count_as_their_call_that_waits_longest() -> None:
     tenant = Tenant()
-    tenant.call("run", role=Role(0.0, 9.0))
-    tenant.call("run", role=Role(0.0, 1.0))
-    tenant.call("other", role=Role(0.0, 5.0))
-    tenant.programs.remove(tenant.programs.first() or tenant.call())
-    assert tenant.order() == ["run1", "run2"]
+    tenant.call("old", at=10.0, role=Role(age_s=1000.0))
+    tenant.call("young", at=6.0, role=Role(age_s=1.0))
+    tenant.call("chat", at=5.0)
+    tenant.call("chat", at=7.0)
+
+    assert tenant.order() == ["chat3", "old1", "young2", "chat4"]
+
+
+def test_no_age_of_a_run_makes_up_for_a_class() -> None:
+    tenant = Tenant()
+    tenant.call("batch", 2, at=10.0, role=Role(age_s=86_400.0))
+    tenant.call("chat", 0, at=20.0)
+
+    assert tenant.order() == ["chat2", "batch1"]
 
 
 def test_what_runs_have_before_them_can_be_left_out_of_it() -> None:
     for tenant in (Tenant(knows_runs=False), Tenant(is_flat=True)):
-        tenant.call("chat", at=5.0)
-        tenant.call("run", at=10.0, role=Role(60.0, 1.0))
-        tenant.call("run", at=10.0, role=Role(60.0, 9.0))
+        tenant.call("young", at=5.0, role=Role(1.0, 1.0))
+        tenant.call("old", at=10.0, role=Role(60.0, 1.0))
+        tenant.call("old", at=10.0, role=Role(60.0, 9.0))
 
-        assert tenant.order() == ["chat1", "run2", "run3"]
+        assert tenant.order() == ["young1", "old2", "old3"]
