@@ -19,6 +19,7 @@ from semantic_vars.values import Value, text_of
 MAX_HOLES = 1_000
 _MAX_ARGUMENTS = 2_000  # bytes
 _OPEN = re.compile(r"\{\{")
+_BRACES = re.compile(r"\{{2,500}|\{\Z")  # one alone opens a hole together with the one behind it
 _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\}\}|.""", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STEP = re.compile(r"\s*([a-z_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -69,6 +70,11 @@ class Template(msgspec.Struct, frozen=True):
         if note is not None:
             note(self, segments)
         return "".join(segments)
+
+
+def quoted(text: str) -> str:
+    """Return a template that is nothing but this text, whatever stands behind it."""
+    return _BRACES.sub(lambda braces: '{{"' + braces[0] + '"}}', text)
 
 
 def parse(text: str) -> Template:

@@ -3,19 +3,16 @@
 Those that are asked for without ``background`` never come here: they are the engine's own (``gateway/api/data.py``).
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import StreamingResponse
 
 from core.chat import Endpoint
 from core.errors import RequestTooLarge
 from core.ids import new_request_id
 from gateway.api.common import read_body
+from gateway.api.streaming import event_stream
 from gateway.auth import Principal
 from gateway.requests import find_model, own_options, parse_body, read_call
 from gateway.responses.background import Background
@@ -26,8 +23,6 @@ from gateway.responses.stream import BEFORE_ALL
 from gateway.services import Services
 from gateway.tracing import SUBMITTER
 
-_KEEP_ALIVE_S = 15.0
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 _LONGEST_END_USER = 128
 
 
@@ -96,8 +91,7 @@ class _Handlers:
         return _json(response_of(await self._responses.cancel(self._identify(request), response)))
 
     def _stream(self, principal: Principal, background: Background, after: int) -> Response:
-        frames = _kept_alive(self._responses.follow(principal, background, after))
-        return StreamingResponse(frames, headers=_STREAM_HEADERS, media_type="text/event-stream")
+        return event_stream(self._responses.follow(principal, background, after))
 
 
 def response_routes(services: Services, responses: Responses) -> APIRouter:
@@ -115,25 +109,3 @@ def response_routes(services: Services, responses: Responses) -> APIRouter:
 
 def _json(body: Any) -> Response:
     return Response(msgspec.json.encode(body), media_type="application/json")
-
-
-async def _kept_alive(source: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    """Yield frames, with a comment now and then where nothing happens."""
-    async with aclosing(source):
-        upcoming: asyncio.Task[bytes | None] | None = None
-        try:
-            while True:
-                upcoming = upcoming or asyncio.ensure_future(anext(source, None))
-                done, _ = await asyncio.wait((upcoming,), timeout=_KEEP_ALIVE_S)
-                if not done:
-                    yield b": keep-alive\n\n"
-                    continue
-                frame, upcoming = upcoming.result(), None
-                if frame is None:
-                    return
-                yield frame
-        finally:
-            if upcoming is not None:
-                upcoming.cancel()
-                with suppress(asyncio.CancelledError):
-                    await upcoming

@@ -1,18 +1,18 @@
 """Workflows on the data port: submit, look at, follow, set, cancel, resume. The wire is docs/reference/workflows.md."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import StreamingResponse
 
 from core.errors import InvalidJson, InvalidRequest, Unavailable, UnknownId
-from core.workflows import RunEvent, RunRecord, RunState
+from core.workflows import RunRecord, RunState
 from gateway.api.common import read_body
 from gateway.api.runs_shapes import frame_of, path_of, run_of, settles, summary_of, variable_of
+from gateway.api.streaming import event_stream
 from gateway.auth import Principal
 from gateway.ceilings import check_depth
 from gateway.runs.critical import CriticalPath, Ended, critical_path
@@ -31,7 +31,6 @@ from semantic_vars.variable import Outcome
 _DEPTH = 64
 _LONGEST_WAIT_S = 120.0
 _POLL_S = 0.5  # a run that another gateway has is read from the database
-_KEEP_ALIVE_S = 15.0
 _Draw = Callable[[Sequence[Node], Mapping[str, str], frozenset[str]], str | bytes]
 _DRAWN: Mapping[str, tuple[_Draw, str]] = {
     "json": (lambda *drawn: msgspec.json.encode(drawing.as_json(*drawn)), "application/json"),
@@ -42,7 +41,6 @@ _INERT = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
     "x-content-type-options": "nosniff",
 }
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class _More(msgspec.Struct, forbid_unknown_fields=True):
@@ -178,7 +176,7 @@ class _Workflows:
         found = await self._runs.find(self._identify(request), run)
         last = after if after is not None else _last_id(request)
         names = tuple(name for name in variables.split(",") if name)
-        return _stream(_follow(found, run, last, names, self._services))
+        return event_stream(_frames(found, run, last, names, self._services))
 
     async def stream(self, variable: str, request: Request, after: int | None = None) -> Response:
         """Follow one variable."""
@@ -186,7 +184,7 @@ class _Workflows:
         run, name = _parts(variable)
         found = await self._wanted(principal, run, name, "latency")
         last = after if after is not None else _last_id(request)
-        return _stream(_follow(found, run, last, (name,), self._services, ends_with=name))
+        return event_stream(_frames(found, run, last, (name,), self._services, ends_with=name))
 
     async def _wanted(
         self, principal: Principal, run: str, name: str, criteria: Criteria
@@ -280,10 +278,6 @@ def _json(body: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
-def _stream(frames: AsyncIterator[bytes]) -> Response:
-    return StreamingResponse(frames, headers=_STREAM_HEADERS, media_type="text/event-stream")
-
-
 def _seen(found: LiveRun | tuple[RunRecord, History]) -> tuple[RunRecord, History]:
     return (found.record, found.told) if isinstance(found, LiveRun) else found
 
@@ -325,7 +319,7 @@ def _last_id(request: Request) -> int:
     return int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
 
 
-async def _follow(
+async def _frames(
     found: LiveRun | tuple[RunRecord, History],
     run: str,
     after: int,
@@ -333,28 +327,13 @@ async def _follow(
     services: Services,
     *,
     ends_with: str | None = None,
-) -> AsyncIterator[bytes]:
-    """Yield events as frames, with a comment now and then where nothing happens."""
+) -> AsyncGenerator[bytes, None]:
+    """Yield events as frames, until the run ends, or one settles the variable ``ends_with``."""
     source = services.runs.follow(found, after)
     with services.metrics.runs.watching():
         async with aclosing(source):
-            upcoming: asyncio.Task[RunEvent | bytes | None] | None = None
-            try:
-                while True:
-                    upcoming = upcoming or asyncio.ensure_future(anext(source, None))
-                    done, _ = await asyncio.wait((upcoming,), timeout=_KEEP_ALIVE_S)
-                    if not done:
-                        yield b": keep-alive\n\n"
-                        continue
-                    event, upcoming = upcoming.result(), None
-                    if event is None:
-                        return
-                    if (frame := frame_of(event, run, names)) is not None:
-                        yield frame
-                    if ends_with is not None and settles(event, ends_with):
-                        return
-            finally:
-                if upcoming is not None:
-                    upcoming.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await upcoming
+            async for event in source:
+                if (frame := frame_of(event, run, names)) is not None:
+                    yield frame
+                if ends_with is not None and settles(event, ends_with):
+                    return

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from core.errors import InvalidRequest
+from semantic_vars.template import quoted
 
 _BEGINNING = re.compile(
     r"""\{\{\s*(?:
@@ -19,7 +20,6 @@ _BEGINNING = re.compile(
     re.VERBOSE,
 )
 _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\}\}|.""", re.DOTALL)
-_BRACES = re.compile(r"\{\{+|\{\Z")
 
 NameOf = Callable[[str], str]
 """What the call of a row is named in the graph, by its ``custom_id``. Raises ``InvalidRequest`` for an unknown one."""
@@ -44,13 +44,8 @@ def translated(value: Any, name_of: NameOf) -> Any:
 
 def _translated(text: str, name_of: NameOf) -> str:
     return "".join(
-        _as_text(part) if isinstance(part, str) else f"{{{{{name_of(part.row)}{part.steps}}}}}" for part in _parts(text)
+        quoted(part) if isinstance(part, str) else f"{{{{{name_of(part.row)}{part.steps}}}}}" for part in _parts(text)
     )
-
-
-def _as_text(text: str) -> str:
-    """Return a template that comes to just this text, whatever stands behind it."""
-    return _BRACES.sub(lambda found: f'{{{{"{found[0]}"}}}}', text)
 
 
 def _parts(text: str) -> Iterator[str | _Reference]:

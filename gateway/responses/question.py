@@ -12,7 +12,8 @@ import msgspec
 from core.errors import InvalidRequest, UnsupportedParameter
 from gateway.requests import TIERS
 from gateway.responses.asked import Asked, Conversation, Question
-from gateway.responses.references import quoted, read, refers
+from gateway.responses.references import read, refers
+from semantic_vars.template import quoted
 
 MOST_REFERENCES = 128
 """Responses that one may refer to."""

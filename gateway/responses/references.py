@@ -12,6 +12,7 @@ import msgspec
 from core.errors import InvalidRequest
 from gateway.responses.ids import is_id
 from semantic_vars import template
+from semantic_vars.template import quoted
 
 _FIELD = "output_text"
 _OPENING = re.compile(
@@ -22,7 +23,6 @@ _OPENING = re.compile(
     re.VERBOSE,
 )
 _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\}\}|.""", re.DOTALL)
-_BRACES = re.compile(r"\{{2,500}|\{\Z")  # one alone opens a hole together with the one behind it
 
 
 class Reading(msgspec.Struct, frozen=True):
@@ -56,11 +56,6 @@ def read(text: str, param: str) -> Reading:
             at = end + len("}}")
     parts.append(quoted(text[at:]))
     return Reading("".join(parts), tuple(references))
-
-
-def quoted(text: str) -> str:
-    """Return a template that is nothing but this text."""
-    return _BRACES.sub(lambda braces: '{{"' + braces[0] + '"}}', text)
 
 
 def hole_of(response: str) -> str:

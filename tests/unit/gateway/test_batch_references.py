@@ -81,3 +81,8 @@ def test_a_hostile_text_takes_no_longer_than_its_length_allows(piece: str) -> No
     with suppress(InvalidRequest):
         translated(piece * 20_000, lambda row: row)
     assert time.process_time() - began < 2
+
+
+def test_any_number_of_braces_in_a_row_stays_text() -> None:
+    braces = "{" * 5_001
+    assert told(braces + " {{b.output_text}}") == braces + ' {"n": [7]}'
