@@ -22,7 +22,7 @@ overheads are measured with calls that take no time.
     python -m benchmarks.workflows --workloads chains  one of them; a full run takes its cells over
     python -m benchmarks.workflows --workloads chains --arms good,forebay --rounds 1      an A/B; nothing is kept
 
-Results of less than everything go to the cache folder. Ends with 1 if a target is missed.
+Results of whole workloads are kept under their names, of anything less in the cache folder. Ends with 1 if a target is missed.
 """
 
 import argparse
@@ -68,7 +68,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"no workload {min(unknown)!r}; there are {', '.join(names)}")
     if unknown := set(given.arms.split(",") if given.arms else ()) - set(ARMS):
         parser.error(f"no arm {min(unknown)!r}; there are {', '.join(ARMS)}")
-    given.is_all = not (given.engine or given.rtts or given.arms or given.rounds) and given.workloads == names
+    given.is_all = given.workloads == names
+    given.is_whole = not (given.engine or given.rtts or given.arms or given.rounds)
     return given
 
 
@@ -113,13 +114,14 @@ def bench(given: argparse.Namespace) -> bool:
         f"Engines on core {cores.gateway}, gateway and clients on core {cores.load}; "
         f"{psutil.cpu_times().steal - stolen:.1f} s of CPU stolen.",
     ]
-    name = f"workflows-{began.at[:10]}{'-quick' if given.quick else ''}"
+    of = "" if given.is_all else f"-{'-'.join(given.workloads)}"
+    name = f"workflows{of}-{began.at[:10]}{'-quick' if given.quick else ''}"
     write(
         "workflows", "Applications of many calls", began, run, machine=this_machine(),
-        stem=(RESULTS if given.is_all else folder("picked")) / name, lines=told.lines + lines, notes=notes,
+        stem=(RESULTS if given.is_whole else folder("picked")) / name, lines=told.lines + lines, notes=notes,
         more={"chaos": msgspec.to_builtins(storm)},
     )  # fmt: skip
-    if given.is_all and run.store is not None:
+    if given.is_all and given.is_whole and run.store is not None:
         run.store.unlink(missing_ok=True)
     return told.held and held
 

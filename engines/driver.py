@@ -97,12 +97,14 @@ class Capabilities(msgspec.Struct, frozen=True):
 
     ``context_tokens`` is what one request may use, prompt and answer together (None: the engine does not tell).
     ``kv_tokens`` is what all requests together may use of its memory (None: not told, or no limit beside that).
+    ``num_prefixes``: of how many prompts that begin differently its caches keep something, where they count so.
     ``endpoints`` are paths that answered. ``continuation``: an answer that was cut can be continued.
     """
 
     endpoints: tuple[str, ...] = ()
     context_tokens: int | None = None
     kv_tokens: int | None = None
+    num_prefixes: int | None = None
     token_ids: bool = False
     token_prompts: bool = False
     continuation: bool = False

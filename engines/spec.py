@@ -58,7 +58,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 
     ``served_name`` is what the engine calls the model, ``api_key`` what an attached one wants as a bearer token,
     ``max_inflight`` how many requests it is given at a time. ``probe_continuation``: an engine that nothing is known of
-    is tried at its start whether it can go on with an answer.
+    is tried at its start whether it can go on with an answer. ``slot_files``: with how many an attached llama.cpp was
+    started, if it is Forebay's own server for it.
     """
 
     id: WorkerId
@@ -70,4 +71,5 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     api_key: str | None = None
     max_inflight: int = 4
     probe_continuation: bool = True
+    slot_files: int = 0
     lifecycle: Lifecycle = Lifecycle()

@@ -126,6 +126,7 @@ def _spec(worker: WorkerId, model: ModelName, settings: WorkerSettings) -> Worke
         api_key=settings.key.get_secret_value() if settings.key is not None else None,
         max_inflight=settings.max_inflight or default_inflight,
         probe_continuation=settings.probe_continuation,
+        slot_files=settings.slot_files,
         lifecycle=Lifecycle(**settings.lifecycle.model_dump()),
     )
 

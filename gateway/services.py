@@ -338,6 +338,7 @@ def view_of(status: WorkerStatus) -> WorkerView:
         incarnation=status.restarts,
         is_draining=status.state is State.DRAINING,
         kv_tokens=status.capabilities.kv_tokens,
+        num_prefixes=status.capabilities.num_prefixes,
     )
 
 

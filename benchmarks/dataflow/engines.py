@@ -26,7 +26,7 @@ from benchmarks.gpu_lifecycle import cpu_build
 from benchmarks.loopback.cache import ROOT
 from benchmarks.loopback.processes import Failed, free_ports
 from core.ids import ModelName, WorkerId
-from engines.drivers.llamacpp import LlamaCppEngine
+from engines.drivers.llamacpp import LlamaCppEngine, num_slot_files
 from engines.drivers.metrics import gauge
 from engines.engine import Command
 from engines.spec import Launch, WorkerSpec
@@ -123,8 +123,10 @@ def worker_of(stand: Stand, engine: Running) -> dict[str, Any]:
             "max_inflight": 4096,
             "probe_continuation": False,
         } | served
-    key = {"key": engine.key} if engine.key else {}
-    return {"engine": stand.kind, "url": engine.url, "max_inflight": stand.slots, **key, **served}
+    own: dict[str, Any] = {"key": engine.key} if engine.key else {}
+    if stand.kind == "llamacpp":
+        own["slot_files"] = num_slot_files(stand.slots)
+    return {"engine": stand.kind, "url": engine.url, "max_inflight": stand.slots, **own, **served}
 
 
 class Stable:

@@ -13,6 +13,7 @@ from core.errors import ForebayError, UpstreamBroken, UpstreamError
 from core.ids import RequestId, TenantId
 from engines.driver import Capabilities, Chunk, Continuation, Exactness, Health, Load, Piece
 from engines.drivers.llamacpp_answers import AnswerAssembler
+from engines.drivers.llamacpp_beginnings import WORTH, Beginning, Beginnings, num_shared, parts
 from engines.drivers.llamacpp_requests import Json, Plan, edit_request
 from engines.drivers.llamacpp_server import slot_files
 from engines.drivers.llamacpp_slots import Seat, SlotBook
@@ -31,6 +32,7 @@ _NOT_OF_COMPLETIONS = frozenset({"messages", "chat_template_kwargs", "add_genera
                                  "parallel_tool_calls", "response_format", "logprobs"})  # fmt: skip
 _THOUGHTS = ("think", "reasoning", "<|channel|>")  # in a template: the chat endpoint takes such text out of the answer
 _PARK_TIMEOUT_S = 10.0
+_FILES_PER_SLOT = 5  # one for what a cut request has left, the others for beginnings
 
 
 class LlamaCppDriver:
@@ -42,11 +44,18 @@ class LlamaCppDriver:
 
     What a slot holds of an answer that was cut is used when the answer goes on: in the slot itself if nobody else has
     had it (llama.cpp leaves it as it was when the connection closed), or from one of the ``slot_files`` that the engine
-    has. A file holds one request's slot and is given to that request alone.
+    has. Such a file holds one request's slot and is given to that request alone. In ``more_files`` lie beginnings that
+    prompts of one tenant have in common; see ``Beginnings``.
     """
 
     def __init__(
-        self, base_url: str, api_key: str | None, *, served_name: str, slot_files: tuple[str, ...] = ()
+        self,
+        base_url: str,
+        api_key: str | None,
+        *,
+        served_name: str,
+        slot_files: tuple[str, ...] = (),
+        more_files: tuple[str, ...] = (),
     ) -> None:
         # llama.cpp closes some connections right after an answer that promised to keep them (measured: one in ten).
         self._wire = Wire(base_url, api_key, reuses_connections=False)
@@ -57,6 +66,7 @@ class LlamaCppDriver:
         self._can_continue = self._can_continue_chats = self._parts_alike = False
         self._free_files = list(slot_files)
         self._files: dict[tuple[TenantId, RequestId], str] = {}  # whose slot each file holds, the oldest first
+        self._beginnings = Beginnings(self._wire, more_files)
 
     async def run(self, call: Call) -> AsyncIterator[Chunk]:
         """Run the call and yield its answer; see ``Driver.run``."""
@@ -76,17 +86,21 @@ class LlamaCppDriver:
     @asynccontextmanager
     async def _seated(self, call: Call, prompt: bytes, body: Json) -> AsyncIterator[Seat]:
         """Choose a slot for a body that is about to be sent, and hold it; what was saved for the call is put there."""
-        book = self._book
-        guest = (call.context.tenant, call.id)  # a client may choose its ids: another tenant's may be the same
-        brings_cache = guest in self._files
-        seat = await book.seat(call.context.tenant, prompt, call.id, brings_cache=brings_cache)
+        book, tenant = self._book, call.context.tenant
+        guest = (tenant, call.id)  # a client may choose its ids: another tenant's may be the same
+        was_saved = guest in self._files
+        beginning, num_kept = (None, 0) if was_saved else self._beginnings.like(tenant, prompt)
+        brings_cache, num_brought = was_saved or beginning is not None, max(0, num_kept - WORTH)
+        seat = await book.seat(tenant, prompt, call.id, brings_cache=brings_cache, num_brought=num_brought)
         has_ended = False
         try:
-            if brings_cache:
-                seat.is_own = await self._restore(guest, seat)
-                if not seat.is_own:
-                    seat.is_cached = False
-                    book.entered(seat)
+            if was_saved:
+                seat.is_own = has_cache = await self._restore(guest, seat)
+            else:
+                has_cache = not seat.is_cached or await self._begin(seat, tenant, prompt, beginning, num_kept)
+            if not has_cache:
+                seat.is_cached = False
+                book.entered(seat)
             body["cache_prompt"] = seat.is_cached
             if seat.slot is not None:
                 body["id_slot"] = seat.slot
@@ -97,6 +111,19 @@ class LlamaCppDriver:
             raise
         finally:
             book.leave(seat, has_ended=has_ended)
+
+    async def _begin(
+        self, seat: Seat, tenant: TenantId, prompt: bytes, beginning: Beginning | None, num_kept: int
+    ) -> bool:
+        """Let the slot hold as much of the prompt as there is of it, and save what is about to be overwritten though
+        others may begin so. Return whether what lies in the slot then is the tenant's."""
+        assert seat.slot is not None
+        num_held = num_shared(prompt, seat.held)
+        if beginning is not None and num_kept >= num_held + WORTH:
+            return await self._beginnings.put(beginning, seat.slot)
+        if num_held >= num_kept + WORTH and parts(prompt, seat.held):
+            await self._beginnings.keep(tenant, seat.held, seat.slot)
+        return bool(seat.held)
 
     def exactness(self, call: Call) -> Exactness:
         """Return ``prefix`` for plain text: the text so far is tokenised anew, which may part it in another way.
@@ -336,6 +363,7 @@ class LlamaCppDriver:
             token_prompts=token_prompts,
             continuation=self._can_continue,
             slot_save=bool(self._free_files or self._files),
+            num_prefixes=self._book.num_slots + self._beginnings.num_files or None,
             metrics=await self._answers("/metrics"),
             models=(self._served_name,),
             version=str(props.get("build_info")) if props.get("build_info") else None,
@@ -380,6 +408,7 @@ class LlamaCppDriver:
 
     async def close(self) -> None:
         """Close every connection."""
+        await self._beginnings.close()
         await self._wire.close()
 
 
@@ -413,7 +442,7 @@ class LlamaCppEngine:
             "--context", str(launch.context),
             "--threads", str(launch.threads or 1),
             "--alias", spec.served_name or spec.model,
-            "--slot-files", str(launch.slots),
+            "--slot-files", str(num_slot_files(launch.slots)),
             "--embeddings",
         ]  # fmt: skip
         return Command(argv=(*argv, *launch.args), env={"FOREBAY_WORKER_KEY": key})
@@ -421,5 +450,14 @@ class LlamaCppEngine:
     def driver(self, spec: WorkerSpec, base_url: str, key: str | None) -> LlamaCppDriver:
         """Return the driver of a worker at this URL."""
         is_ours = spec.launch is not None and not spec.launch.command
-        files = slot_files(spec.launch.slots) if is_ours and spec.launch is not None else ()
-        return LlamaCppDriver(base_url, key, served_name=spec.served_name or spec.model, slot_files=files)
+        files = slot_files(
+            num_slot_files(spec.launch.slots) if is_ours and spec.launch is not None else spec.slot_files
+        )
+        num_left = -(-len(files) // _FILES_PER_SLOT)
+        name = spec.served_name or spec.model
+        return LlamaCppDriver(base_url, key, served_name=name, slot_files=files[:num_left], more_files=files[num_left:])
+
+
+def num_slot_files(slots: int) -> int:
+    """Return how many slots our own server can save for an engine with so many slots."""
+    return _FILES_PER_SLOT * slots

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from core.ids import RequestId, TenantId
+from engines.drivers.llamacpp_beginnings import num_shared
 
 _LIKE = 0.1  # the share of a prompt that a slot has to hold already to be preferred for it; llama.cpp's own default
 
@@ -17,15 +18,17 @@ _LIKE = 0.1  # the share of a prompt that a slot has to hold already to be prefe
 class Seat:
     """A request's place: the number of its slot (None: the engine chooses), and whether it may use the cache there.
 
-    ``is_own``: what lies there is what the request itself has left.
+    ``is_own``: what lies there is what the request itself has left. ``held``: the tenant's own prompt that lies there,
+    empty if that is not sure.
     """
 
-    __slots__ = ("is_cached", "is_own", "slot")
+    __slots__ = ("held", "is_cached", "is_own", "slot")
 
-    def __init__(self, slot: int | None, *, is_cached: bool, is_own: bool = False) -> None:
+    def __init__(self, slot: int | None, *, is_cached: bool, is_own: bool = False, held: bytes = b"") -> None:
         self.slot = slot
         self.is_cached = is_cached
         self.is_own = is_own
+        self.held = held
 
 
 class _Slot:
@@ -69,19 +72,32 @@ class SlotBook:
         return len(self._slots)
 
     async def seat(
-        self, tenant: TenantId, prompt: bytes, request: RequestId | None = None, *, brings_cache: bool = False
+        self,
+        tenant: TenantId,
+        prompt: bytes,
+        request: RequestId | None = None,
+        *,
+        brings_cache: bool = False,
+        num_brought: int = 0,
     ) -> Seat:
         """Return the best seat as soon as there is one; see ``take``."""
-        while (seat := self.take(tenant, prompt, request, brings_cache=brings_cache)) is None:
+        while (seat := self.take(tenant, prompt, request, brings_cache=brings_cache, num_brought=num_brought)) is None:
             await self._changed()
         return seat
 
     def take(
-        self, tenant: TenantId, prompt: bytes, request: RequestId | None = None, *, brings_cache: bool = False
+        self,
+        tenant: TenantId,
+        prompt: bytes,
+        request: RequestId | None = None,
+        *,
+        brings_cache: bool = False,
+        num_brought: int = 0,
     ) -> Seat | None:
         """Return the best seat: the one that this request has just left, a free slot of the tenant's own that holds a
         like prompt, or else one long unused; none that may yet be parked if there is another. ``brings_cache``: the
-        slot is about to be given what this request left elsewhere, and may then use it.
+        slot is about to be given something of the tenant's, and may then use it; ``num_brought``: so many bytes of the
+        prompt, and a slot that holds fewer is not preferred for what it holds.
 
         None where all slots are taken and the one to queue for is about to use its cache: the engine may begin with
         the later of two requests.
@@ -93,7 +109,7 @@ class SlotBook:
         number = self._left_by(tenant, request, free)
         free = [number for number in free if not self._slots[number].is_unsettled] or free
         if number is None:
-            number = self._like(tenant, prompt, free)
+            number = self._like(tenant, prompt, free, num_brought)
         if number is None:
             number = min(free, key=lambda number: self._slots[number].used_at)
         if any(fewest) and any(seat.slot == number for seat in self._entering):
@@ -103,7 +119,9 @@ class SlotBook:
         # Of two requests that wait for one slot, nobody knows which the engine takes first.
         is_sure = slot.num_taken == 0 and not is_scattered
         had_left = request is not None and self.holds(number, tenant, request)
-        seat = Seat(number, is_cached=is_sure and (slot.owner == tenant or brings_cache), is_own=is_sure and had_left)
+        is_ours = is_sure and slot.owner == tenant
+        held = slot.prompt if is_ours else b""
+        seat = Seat(number, is_cached=is_ours or (is_sure and brings_cache), is_own=is_sure and had_left, held=held)
         slot.owner = tenant if is_sure or (slot.owner == tenant and not is_scattered) else None
         slot.prompt = prompt
         slot.request = request
@@ -149,12 +167,12 @@ class SlotBook:
         """Return whether nothing but what this request of the tenant left can be in the slot."""
         return self._slots[slot].request == request and self._slots[slot].owner == tenant
 
-    def _like(self, tenant: TenantId, prompt: bytes, free: list[int]) -> int | None:
+    def _like(self, tenant: TenantId, prompt: bytes, free: list[int], num_brought: int) -> int | None:
         own = [number for number in free if self._slots[number].owner == tenant]
         if not own:
             return None
         shared, number = max((num_shared(prompt, self._slots[number].prompt), number) for number in own)
-        return number if shared >= _LIKE * len(prompt) else None
+        return number if shared >= max(num_brought, _LIKE * len(prompt)) else None
 
     def entered(self, seat: Seat) -> None:
         """Note that the engine works on the request."""
@@ -213,15 +231,3 @@ class SlotBook:
                 slot.num_left = 0
         if is_all_live:
             self._num_scattered_left = 0
-
-
-def num_shared(one: bytes, other: bytes) -> int:
-    """Return how many bytes the two have in common from their beginning."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -52,8 +52,7 @@ from semantic_vars.events import (
     Work,
 )  # fmt: skip
 from semantic_vars.events import Retried as AgainEffect
-from semantic_vars.executor import Executor, Fact, key_of
-from semantic_vars.graph import Bounds
+from semantic_vars.executor import Executor, key_of
 from semantic_vars.ports import Estimate
 from storage.sql.workflows import Change
 
@@ -85,8 +84,8 @@ class Beginning(msgspec.Struct, frozen=True, tag_field="event", tag="call.starte
 
 class LiveRun:
     """A run that has not ended. ``history`` is what has happened, ``told`` what of it is durable: all that anybody is
-    shown. With events in its ``history`` it goes on where another process has left it. ``facts`` are what another run
-    of a like workflow has come to.
+    shown. With events in its ``history`` it goes on where another process has left it; ``executor`` is to begin from
+    there.
 
     ``on_end`` is called when all that was wanted is there and durable, and more may still be asked for; or when the run
     is not ours any more.
@@ -98,13 +97,12 @@ class LiveRun:
         history: History,
         told: History,
         *,
+        executor: Executor,
         worker: Doing,
         log: RunLog,
         clock: Clock,
-        bounds: Bounds,
         following: Following,
         on_end: Callable[["LiveRun"], None],
-        facts: Mapping[str, Fact] = {},
         telling: Telling = SILENT,
     ) -> None:
         self.record = record
@@ -129,14 +127,7 @@ class LiveRun:
         self._timer: asyncio.TimerHandle | None = None
         self._alarms: list[asyncio.TimerHandle] = []
         self.is_gone = False
-        self._executor = Executor(
-            history.workflow,
-            worker,
-            bounds=bounds,
-            facts={**facts, **history.facts_to_go_on()},
-            spent=history.spent,
-            prefills=worker.prefills,
-        )
+        self._executor = executor
 
     @property
     def id(self) -> str:

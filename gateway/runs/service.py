@@ -42,6 +42,8 @@ LETTERS_S = 0.25
 ANSWERED_S = 5.0
 """How long another gateway may take to answer a letter."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.25
+_LARGE = 200
+"""Calls of a graph that is read beside the event loop."""
 MOST_OPEN = 1_000
 """Runs of one tenant that have not ended."""
 
@@ -112,8 +114,9 @@ class Runs:
         try:
             for record in await self._store.claim(self._owner, now, now + LEASE_S, self._live.keys()):
                 history, told = await self._history(record)
+                executor = await self._executor(history)
                 if record.id not in self._live:
-                    self._go_on(record, history, told)
+                    self._go_on(record, history, told, executor)
                     _log.info("run_goes_on", run=record.id, num_events=history.number)
         except StorageUnavailable as error:
             if not self._is_away:
@@ -151,7 +154,8 @@ class Runs:
         """
         if self._is_draining:
             raise Draining("the server is shutting down; try another one", retry_after=1.0)
-        Executor(workflow, self._worker, bounds=self._bounds)  # reads it, and refuses what cannot run
+        history = History(workflow)
+        executor = await self._executor(history, facts)
         if self._num_open[principal.tenant] >= MOST_OPEN:
             raise ConnectionLimit(f"{MOST_OPEN} runs of this tenant have not ended", retry_after=5.0)
         graph = msgspec.json.encode(workflow)
@@ -168,14 +172,23 @@ class Runs:
         if accepted.digest != record.digest:
             raise Conflict("this Idempotency-Key was used for another workflow")
         if accepted is record:
-            self._go_on(record, History(workflow), History(workflow), facts)
+            self._go_on(record, history, History(workflow), executor)
         return accepted
 
-    def _go_on(self, record: RunRecord, history: History, told: History, facts: Mapping[str, Fact] = {}) -> None:
+    async def _executor(self, history: History, facts: Mapping[str, Fact] = {}) -> Executor:
+        """Return an executor that begins, or goes on from what has happened. A large graph takes a second to be read:
+        others are served meanwhile. Raises ``InvalidRequest`` for what cannot run."""
+        make = partial(
+            Executor, history.workflow, self._worker, bounds=self._bounds, spent=history.spent,
+            facts={**facts, **history.facts_to_go_on()}, prefills=self._worker.prefills,
+        )  # fmt: skip
+        return await asyncio.to_thread(make) if len(history.workflow.calls) > _LARGE else make()
+
+    def _go_on(self, record: RunRecord, history: History, told: History, executor: Executor) -> None:
         following = Following(record.id, self._store_events, told.number)
         run = LiveRun(
-            record, history, told, worker=self._worker, log=self._log, clock=self._clock, bounds=self._bounds,
-            following=following, on_end=self._ended, facts=facts, telling=self._telling,
+            record, history, told, executor=executor, worker=self._worker, log=self._log, clock=self._clock,
+            following=following, on_end=self._ended, telling=self._telling,
         )  # fmt: skip
         self._live[record.id] = run
         self._num_open[record.tenant] += 1
@@ -263,8 +276,9 @@ class Runs:
         if (record := await self._store.run(run_id)) is None:
             return None
         history, told = await self._history(record)
+        executor = await self._executor(history)
         if run_id not in self._live:
-            self._go_on(record, history, told)
+            self._go_on(record, history, told, executor)
         return self._live[run_id]
 
     async def _send(self, record: RunRecord, letter: Letter, until: float) -> RunAnswer | None:

@@ -253,6 +253,8 @@ class WorkerSettings(_Section):
 
     ``probe_continuation``: of an engine ``openai``, try at its start whether it can go on with an answer by its text;
     then its answers can be cut and moved. Costs it up to ten short answers, and each later leg its prompt again.
+    ``slot_files``: with how many ``--slot-files`` an attached llama.cpp was started that is Forebay's own server for
+    it; one that we launch has five for each slot.
     """
 
     engine: Literal["llamacpp", "vllm", "openai"]
@@ -263,6 +265,7 @@ class WorkerSettings(_Section):
     max_inflight: int | None = Field(default=None, ge=1)
     replicas: int = Field(default=1, ge=1)
     probe_continuation: bool = True
+    slot_files: int = Field(default=0, ge=0, le=512)
     lifecycle: LifecycleSettings = LifecycleSettings()
 
     @model_validator(mode="after")
@@ -271,6 +274,8 @@ class WorkerSettings(_Section):
             raise ValueError("give either `launch` (start it) or `url` (attach to it)")
         if self.launch is not None and self.engine == "openai" and not self.launch.command:
             raise ValueError("engine `openai` has no program of its own: give `url`, or `launch.command`")
+        if self.slot_files and (self.url is None or self.engine != "llamacpp"):
+            raise ValueError("`slot_files` is told of an attached engine `llamacpp` alone: leave it out here")
         return self
 
 

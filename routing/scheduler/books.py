@@ -86,7 +86,8 @@ class Books:
         worker.outstanding += leg.outstanding
         worker.kv_tokens += leg.kv_tokens
         lead(leg)
-        worker.warmth.note(request.prefixes, most_roots=worker.view.max_inflight, most_tokens=worker.view.kv_tokens)
+        most_roots = worker.view.num_prefixes or worker.view.max_inflight
+        worker.warmth.note(request.prefixes, most_roots=most_roots, most_tokens=worker.view.kv_tokens)
         model.refresh(worker)
         request.account.num_running += 1
         if not request.is_pinned:

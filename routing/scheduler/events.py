@@ -17,7 +17,8 @@ class WorkerView(msgspec.Struct, frozen=True):
     """What decisions know of a worker. ``may_return``: not ready now, and something is being done about it.
     ``is_draining``: it gets no new work, and what can go on elsewhere is moved away as soon as there is room.
     ``kv_tokens``: how many tokens of context its engine's memory holds, of all legs together; None if that is not known
-    or never binds."""
+    or never binds. ``num_prefixes``: of how many prompts that begin differently its caches keep something, where they
+    count so."""
 
     id: WorkerId
     model: ModelName
@@ -28,6 +29,7 @@ class WorkerView(msgspec.Struct, frozen=True):
     incarnation: int = 0
     is_draining: bool = False
     kv_tokens: int | None = None
+    num_prefixes: int | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

@@ -2,7 +2,7 @@
 
 Nothing is asked of the engine. A *root* is the shortest beginning of a prompt, and what was run under it is kept with
 it: siblings share a root, and those roots are forgotten first that were used longest ago, when there are more of them
-than the engine has slots, or memory for.
+than the engine's caches keep apart, or have memory for.
 """
 
 from collections import OrderedDict

@@ -9,18 +9,19 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 from forebay import AsyncClient, Budget, Input, Var, join, llm, prompt
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 MODEL = os.environ.get("FOREBAY_MODEL", "smollm2")
 
 
 class Report(BaseModel):
-    """What the model is held to."""
+    """What the model is held to. Without the bounds a small one may never come to an end."""
 
-    summary: str
-    risks: list[str]
+    summary: Annotated[str, Field(max_length=300)]
+    risks: Annotated[list[Annotated[str, Field(max_length=80)]], Field(max_length=3)]
 
 
 @llm(model=MODEL, max_tokens=50, retry=2)
@@ -29,7 +30,7 @@ def summarize(chunk: Input[str]) -> str:
     return f"Summarize:\n{chunk}"
 
 
-@llm(model=MODEL, max_tokens=300)
+@llm(model=MODEL, max_tokens=400, retry=2)
 def combine(parts: Var[list[str]]) -> Report:
     """Make a report of all. The annotation tells what the model answers, ``prompt`` what it is asked."""
     return prompt("Combine into a report with its risks:\n" + join(parts, "\n"))

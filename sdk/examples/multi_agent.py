@@ -10,24 +10,25 @@ import argparse
 import asyncio
 import os
 from collections.abc import Sequence
+from typing import Annotated
 
 from forebay import AsyncClient, Input, Var, llm, prompt, tool
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 MODEL = os.environ.get("FOREBAY_MODEL", "smollm2")
 
 
 class Spec(BaseModel):
-    """What the architect makes."""
+    """What the architect makes. The bounds hold the model too: without them a small one may never come to an end."""
 
-    files: list[str]
+    files: Annotated[list[Annotated[str, Field(min_length=1, max_length=40)]], Field(min_length=1, max_length=3)]
 
 
 class Review(BaseModel):
     """What the reviewer makes."""
 
     approved: bool
-    comments: str
+    comments: Annotated[str, Field(max_length=200)]
 
 
 class Check(BaseModel):
@@ -37,19 +38,19 @@ class Check(BaseModel):
     message: str
 
 
-@llm(model=MODEL, max_tokens=300)
+@llm(model=MODEL, max_tokens=300, retry=2)
 def architect(task: Input[str]) -> Spec:
     """Plan."""
     return prompt(f"Name the Python files that are needed for this, at most three, as JSON:\n{task}")
 
 
-@llm(model=MODEL, max_tokens=600)
+@llm(model=MODEL, max_tokens=300)
 def coder(file: Input[str], task: Input[str]) -> str:
     """Write one file."""
     return f"Write the file {file} of this task, as one block of Python:\n{task}"
 
 
-@llm(model=MODEL, max_tokens=200)
+@llm(model=MODEL, max_tokens=300, retry=2)
 def review(code: Input[str]) -> Review:
     """Judge one file."""
     return prompt(
@@ -60,7 +61,7 @@ def review(code: Input[str]) -> Review:
     )
 
 
-@llm(model=MODEL, max_tokens=600)
+@llm(model=MODEL, max_tokens=300)
 def revise(code: Input[str], judged: Input[Review], checked: Input[Check]) -> str:
     """Make one file better."""
     return f"Revise this code:\n{code}\nReview: {judged}\nCompiler: {checked}\nAnswer with one block of Python."

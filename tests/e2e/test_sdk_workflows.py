@@ -1,5 +1,4 @@
-"""The SDK's examples as they are, over real HTTP through a real gateway: with the fake engine all of them, with a real
-model those that hold it to no schema."""
+"""The SDK's examples as they are, over real HTTP through a real gateway, with the fake engine and a real llama.cpp."""
 
 import importlib.util
 import io
@@ -15,6 +14,7 @@ _EXAMPLES = Path(__file__).parents[2] / "sdk" / "examples"
 
 
 def loaded(name: str) -> ModuleType:
+    """Return an example's module, executed anew."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", _EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -25,6 +25,7 @@ def loaded(name: str) -> ModuleType:
 
 
 async def run(target: Target, name: str, *arguments: str) -> None:
+    """Run an example against a gateway."""
     await loaded(name).main(["--url", target.url, "--key", target.key, "--model", target.model, *arguments])
 
 
@@ -48,13 +49,13 @@ async def test_two_variables_are_watched(target: Target, capsys: pytest.CaptureF
     assert "used " in told
 
 
-async def test_a_map_and_a_typed_report(fake: Target, book: str, capsys: pytest.CaptureFixture[str]) -> None:
-    await run(fake, "map_reduce", "--size", str(len(book) // 5))
+async def test_a_map_and_a_typed_report(target: Target, book: str, capsys: pytest.CaptureFixture[str]) -> None:
+    await run(target, "map_reduce", "--size", str(len(book) // 5))
     assert capsys.readouterr().out.strip()
 
 
 async def test_agents_with_a_loop_a_race_a_branch_and_a_tool_of_this_process(
-    fake: Target, capsys: pytest.CaptureFixture[str]
+    target: Target, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    await run(fake, "multi_agent", "a command that counts words")
+    await run(target, "multi_agent", "a command that counts words")
     assert capsys.readouterr().out.strip()

@@ -93,6 +93,25 @@ async def test_a_prompt_that_has_lost_its_slot_is_nowhere_else(llama: LlamaCppDr
         assert await num_cached(llama, tenant, text) <= _PREAMBLE
 
 
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_prompts_of_a_tenant_begin_with_is_kept_for_that_tenant_alone(llama: LlamaCppDriver) -> None:
+    system, *ends = secret(), secret(4), secret(4), secret(4), secret(4)
+    for end in ends[:2]:
+        await ask(llama, asking("one", f"{system} {end}"))
+    for number in range(4):
+        await ask(llama, asking(f"passer-by-{number}", "hello"))
+    assert await num_cached(llama, "two", f"{system} {ends[2]}") <= _PREAMBLE
+    assert await num_cached(llama, "one", f"{system} {ends[3]}") > _PREAMBLE
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_one_prompt_that_others_begin_like_is_in_as_many_slots_as_run_them(llama: LlamaCppDriver) -> None:
+    system = secret()
+    await ask(llama, asking("one", f"{system} {secret(4)}"))
+    cached = await asyncio.gather(*(num_cached(llama, "one", f"{system} {secret(4)}") for _ in range(4)))
+    assert min(cached) > _PREAMBLE
+
+
 @pytest.mark.parametrize("more", [{"n": 2}, {"cache_prompt": True, "id_slot": 0}, {"cache_prompt": True, "id_slot": 3}])
 @pytest.mark.asyncio(loop_scope="module")
 async def test_several_choices_and_a_clients_own_slot_change_nothing(llama: LlamaCppDriver, more: Any) -> None:

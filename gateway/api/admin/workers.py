@@ -32,6 +32,7 @@ class CapabilitiesShape(Shape):
     endpoints: list[str]
     context_tokens: int | None
     kv_tokens: int | None
+    num_prefixes: int | None
     token_ids: bool
     token_prompts: bool
     continuation: bool

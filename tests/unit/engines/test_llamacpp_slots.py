@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.ids import RequestId, TenantId
-from engines.drivers.llamacpp_slots import Seat, SlotBook, num_shared
+from engines.drivers.llamacpp_beginnings import num_shared
+from engines.drivers.llamacpp_slots import Seat, SlotBook
 
 A, B = TenantId("a"), TenantId("b")
 LONG = b"a prompt that is long enough to be recognised"

@@ -23,6 +23,7 @@ from gateway.tracing import Finished as Traced
 from semantic_vars.budget import Spent
 from semantic_vars.calls import Call, Workflow
 from semantic_vars.events import Done, Failed, Prefill, Put, Start, Work
+from semantic_vars.executor import Executor
 from semantic_vars.graph import USUAL
 from semantic_vars.variable import State
 from storage.sql.workflows import Change
@@ -94,8 +95,12 @@ class House:
         history, told = History(given), History(given)
         for one in (history, told):
             one.read(event.body for event in self.events)
+        doing = cast(work.Worker, worker)
+        executor = Executor(
+            given, doing, bounds=USUAL, facts=history.facts_to_go_on(), spent=history.spent, prefills=doing.prefills
+        )
         return LiveRun(
-            record, history, told, worker=cast(work.Worker, worker), log=self.log, clock=self.clock, bounds=USUAL,
+            record, history, told, executor=executor, worker=doing, log=self.log, clock=self.clock,
             following=Following("run_1", nothing, told.number), on_end=lambda _: None, telling=self.telling,
         )  # fmt: skip
 
