@@ -22,7 +22,8 @@ overheads are measured with calls that take no time.
     python -m benchmarks.workflows --workloads chains  one of them; a full run takes its cells over
     python -m benchmarks.workflows --workloads chains --arms good,forebay --rounds 1      an A/B; nothing is kept
 
-Results of whole workloads are kept under their names, of anything less in the cache folder. Ends with 1 if a target is missed.
+Results of whole workloads are kept under their names, of anything less in the cache folder. Ends with 1 if a target
+is missed.
 """
 
 import argparse

@@ -89,15 +89,17 @@ class LlamaCppDriver:
         book, tenant = self._book, call.context.tenant
         guest = (tenant, call.id)  # a client may choose its ids: another tenant's may be the same
         was_saved = guest in self._files
+        self._beginnings.saw(tenant, prompt)
         beginning, num_kept = (None, 0) if was_saved else self._beginnings.like(tenant, prompt)
         brings_cache, num_brought = was_saved or beginning is not None, max(0, num_kept - WORTH)
         seat = await book.seat(tenant, prompt, call.id, brings_cache=brings_cache, num_brought=num_brought)
         has_ended = False
         try:
+            await self._spare(seat, tenant, prompt)
             if was_saved:
                 seat.is_own = has_cache = await self._restore(guest, seat)
             else:
-                has_cache = not seat.is_cached or await self._begin(seat, tenant, prompt, beginning, num_kept)
+                has_cache = seat.is_cached and await self._begin(seat, tenant, prompt, beginning, num_kept)
             if not has_cache:
                 seat.is_cached = False
                 book.entered(seat)
@@ -112,18 +114,23 @@ class LlamaCppDriver:
         finally:
             book.leave(seat, has_ended=has_ended)
 
+    async def _spare(self, seat: Seat, tenant: TenantId, prompt: bytes) -> None:
+        """Save what is about to be overwritten, whosever it is, if others of its tenant begin so."""
+        if seat.held is None or seat.slot is None or seat.is_own:
+            return
+        owner, held = seat.held
+        goes_on = owner == tenant and not parts(prompt, held)
+        if not goes_on and self._beginnings.is_worth_keeping(owner, held):
+            await self._beginnings.keep(owner, held, seat.slot)
+
     async def _begin(
         self, seat: Seat, tenant: TenantId, prompt: bytes, beginning: Beginning | None, num_kept: int
     ) -> bool:
-        """Let the slot hold as much of the prompt as there is of it, and save what is about to be overwritten though
-        others may begin so. Return whether what lies in the slot then is the tenant's."""
-        assert seat.slot is not None
-        num_held = num_shared(prompt, seat.held)
-        if beginning is not None and num_kept >= num_held + WORTH:
+        """Let the slot hold as much of the prompt as there is of it. Return whether what lies there is the tenant's."""
+        num_held = num_shared(prompt, seat.held[1]) if seat.held is not None and seat.held[0] == tenant else 0
+        if beginning is not None and seat.slot is not None and num_kept >= num_held + WORTH:
             return await self._beginnings.put(beginning, seat.slot)
-        if num_held >= num_kept + WORTH and parts(prompt, seat.held):
-            await self._beginnings.keep(tenant, seat.held, seat.slot)
-        return bool(seat.held)
+        return seat.held is not None and seat.held[0] == tenant
 
     def exactness(self, call: Call) -> Exactness:
         """Return ``prefix`` for plain text: the text so far is tokenised anew, which may part it in another way.

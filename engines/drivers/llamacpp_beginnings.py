@@ -1,14 +1,14 @@
 """Beginnings of prompts in files, from which any slot of llama.cpp can go on: Parrot's context fork, by copies.
 
 Slots share nothing: what ten prompts begin with is computed in each slot that they come to, and is gone with that
-slot's next prompt. Where a tenant's prompt parts from the one before it in its slot, others may part there too (behind
-a system prompt, behind the task of a team of agents): what the slot holds is then saved before it is overwritten, and
-put into whichever slot is to run the tenant's next prompt that begins so. A prompt that the next one only goes on from,
-as in a chat, is not saved. For 786 tokens of a small model that takes 13-25 ms, and 4-12 ms to put it back; to compute
-them takes seconds on a CPU's core.
+slot's next prompt. Where a tenant's prompts have been seen to begin alike (behind a system prompt, behind the task of a
+team of agents, in the turns of a chat), what a slot holds of one is saved before another overwrites it, and put into
+whichever slot is to run the tenant's next prompt that begins so. A prompt like no other is never saved. For 786 tokens
+of a small model that takes 13-25 ms, and 4-12 ms to put it back; to compute them takes seconds on a CPU's core.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
@@ -19,6 +19,8 @@ from engines.drivers.wire import Wire
 WORTH = 256  # bytes of a prompt, some sixty tokens: fewer are computed sooner than put back
 _CLOSING = 8  # bytes at the end of an encoded prompt that are no part of its text
 _MOST_BYTES = 1 << 30
+_RECENT = 64  # prompts that are compared with one that is about to go
+_RECENT_BYTES = 8 << 20
 _TIMEOUT_S = 10.0
 
 
@@ -50,6 +52,8 @@ class Beginnings:
         self._kept: dict[str, Beginning] = {}  # by file, the one unused for longest first
         self._sizes: dict[str, int] = {}  # a file keeps its memory when what it held is forgotten
         self._most_bytes = most_bytes
+        self._recent: deque[tuple[TenantId, bytes]] = deque()
+        self._recent_bytes = 0
         self._asking: set[asyncio.Task[bool]] = set()
         self.num_files = len(self._free)
 
@@ -61,8 +65,27 @@ class Beginnings:
                 best, most = kept, shared
         return (best, most) if best is not None else (None, 0)
 
+    def saw(self, tenant: TenantId, prompt: bytes) -> None:
+        """Note that the tenant has asked this."""
+        if not self.num_files:
+            return
+        self._recent.append((tenant, prompt))
+        self._recent_bytes += len(prompt)
+        while len(self._recent) > _RECENT or self._recent_bytes > _RECENT_BYTES:
+            self._recent_bytes -= len(self._recent.popleft()[1])
+
+    def is_worth_keeping(self, tenant: TenantId, held: bytes) -> bool:
+        """Return whether others of the tenant's prompts have begun as this one, and further than anything kept."""
+        alike = (num_shared(held, prompt) for whose, prompt in self._recent if whose == tenant and prompt is not held)
+        most = max(alike, default=0)
+        return most >= WORTH and most >= self.like(tenant, held)[1] + WORTH
+
     async def keep(self, tenant: TenantId, prompt: bytes, slot: int) -> None:
         """Save a slot that holds this prompt of the tenant, if there is a file for it."""
+        for kept in [kept for kept in self._kept.values() if kept.tenant == tenant and not parts(prompt, kept.prompt)]:
+            if kept.is_over.is_set() and not kept.num_using:  # what it holds is in this one too
+                del self._kept[kept.file]
+                self._free.append(kept.file)
         if (file := self._file()) is None:
             return
         beginning = self._kept[file] = Beginning(tenant, prompt, file)

@@ -18,13 +18,15 @@ _LIKE = 0.1  # the share of a prompt that a slot has to hold already to be prefe
 class Seat:
     """A request's place: the number of its slot (None: the engine chooses), and whether it may use the cache there.
 
-    ``is_own``: what lies there is what the request itself has left. ``held``: the tenant's own prompt that lies there,
-    empty if that is not sure.
+    ``is_own``: what lies there is what the request itself has left. ``held``: the prompt that lies there, and whose it
+    is; None if that is not sure.
     """
 
     __slots__ = ("held", "is_cached", "is_own", "slot")
 
-    def __init__(self, slot: int | None, *, is_cached: bool, is_own: bool = False, held: bytes = b"") -> None:
+    def __init__(
+        self, slot: int | None, *, is_cached: bool, is_own: bool = False, held: tuple[TenantId, bytes] | None = None
+    ) -> None:
         self.slot = slot
         self.is_cached = is_cached
         self.is_own = is_own
@@ -119,9 +121,9 @@ class SlotBook:
         # Of two requests that wait for one slot, nobody knows which the engine takes first.
         is_sure = slot.num_taken == 0 and not is_scattered
         had_left = request is not None and self.holds(number, tenant, request)
-        is_ours = is_sure and slot.owner == tenant
-        held = slot.prompt if is_ours else b""
-        seat = Seat(number, is_cached=is_ours or (is_sure and brings_cache), is_own=is_sure and had_left, held=held)
+        seat = Seat(number, is_cached=is_sure and (slot.owner == tenant or brings_cache), is_own=is_sure and had_left)
+        if is_sure and slot.owner is not None:
+            seat.held = slot.owner, slot.prompt
         slot.owner = tenant if is_sure or (slot.owner == tenant and not is_scattered) else None
         slot.prompt = prompt
         slot.request = request
@@ -129,7 +131,7 @@ class SlotBook:
         slot.num_running += 1
         self._clock += 1
         slot.used_at = self._clock
-        if seat.is_cached:
+        if is_sure:
             self._entering.add(seat)
         return seat
 
@@ -175,7 +177,7 @@ class SlotBook:
         return number if shared >= max(num_brought, _LIKE * len(prompt)) else None
 
     def entered(self, seat: Seat) -> None:
-        """Note that the engine works on the request."""
+        """Note that the engine works on the request, or is about to and finds nothing that matters in its slot."""
         if seat in self._entering:
             self._entering.remove(seat)
             self._news.set()

@@ -80,6 +80,38 @@ async def test_files_take_no_more_memory_than_they_may() -> None:
     assert {file for _, file in engine.asked} == {"f", "g"}, "a third hundred of bytes is above 250"
 
 
+async def test_what_is_like_no_other_prompt_of_the_tenant_is_not_worth_keeping() -> None:
+    beginnings = Beginnings(Engine(), ["f"])
+    held = SYSTEM + b"one"
+    beginnings.saw(A, held)
+    beginnings.saw(B, SYSTEM + b"two")
+    assert not beginnings.is_worth_keeping(A, held)
+    beginnings.saw(A, SYSTEM + b"three")
+    assert beginnings.is_worth_keeping(A, held)
+    assert beginnings.is_worth_keeping(A, SYSTEM + b"another")
+    await beginnings.keep(A, held, 0)
+    assert not beginnings.is_worth_keeping(A, held), "it is kept"
+    assert not beginnings.is_worth_keeping(A, SYSTEM + b"another"), "what others begin with is kept"
+
+
+async def test_the_next_turn_of_a_chat_takes_the_place_of_the_last() -> None:
+    engine = Engine()
+    beginnings = Beginnings(engine, ["f", "g"])
+    await beginnings.keep(A, SYSTEM, 0)
+    await beginnings.keep(A, SYSTEM + b"more" * WORTH, 0)
+    await beginnings.keep(A, b"x" * WORTH, 0)
+    assert beginnings.like(A, SYSTEM + b"more" * WORTH)[1] == 5 * WORTH
+    assert beginnings.like(A, b"x" * WORTH)[1] == WORTH
+
+
+async def test_only_so_many_prompts_are_remembered() -> None:
+    beginnings = Beginnings(Engine(), ["f"])
+    beginnings.saw(A, SYSTEM + b"one")
+    for number in range(64):
+        beginnings.saw(B, str(number).encode())
+    assert not beginnings.is_worth_keeping(A, SYSTEM + b"two")
+
+
 async def test_with_no_file_to_spare_nothing_is_kept() -> None:
     engine = Engine()
     await Beginnings(engine, []).keep(A, SYSTEM, 0)

@@ -40,6 +40,24 @@ def test_a_slot_that_changes_hands_is_used_without_its_cache() -> None:
     assert [run(book, tenant).is_cached for tenant in (A, A, B, B, A)] == [False, True, False, True, False]
 
 
+def test_a_slot_tells_what_is_about_to_be_overwritten_and_whose_that_is() -> None:
+    book = SlotBook(1)
+    assert [run(book, tenant, prompt).held for tenant, prompt in ((A, b"one"), (A, b"two"), (B, b"three"))] == [
+        None,
+        (A, b"one"),
+        (A, b"two"),
+    ]
+
+
+@pytest.mark.parametrize(("num_brought", "is_left"), [(40, False), (60, True)])
+def test_a_slot_that_holds_less_than_is_brought_is_left_to_what_it_holds(num_brought: int, is_left: bool) -> None:
+    book = SlotBook(2)
+    other, one = run(book, B, b"y" * 50), run(book, A, b"x" * 50)
+    seat = book.take(A, b"x" * 50 + b"z" * 50, brings_cache=True, num_brought=num_brought)
+    assert seat is not None
+    assert (seat.slot, seat.is_cached) == ((other if is_left else one).slot, True)
+
+
 def test_the_slot_with_the_most_alike_prompt_is_preferred() -> None:
     book = SlotBook(3)
     one, two = take(book, A, b"x" * 50), take(book, A, b"y" * 50)
@@ -167,10 +185,21 @@ def test_with_no_slots_known_nothing_is_placed_or_cached() -> None:
 
 def test_requests_of_two_tenants_that_wait_for_one_slot_leave_it_to_nobody() -> None:
     book = SlotBook(1)
-    seats = [take(book, A), take(book, B)]
-    for seat in seats:
+    first = take(book, A)
+    book.entered(first)
+    for seat in (first, take(book, B)):
         book.leave(seat, has_ended=True)
     assert [run(book, B).is_cached, run(book, B).is_cached] == [False, True]
+
+
+def test_nobody_queues_behind_a_request_that_may_yet_save_what_lies_in_its_slot() -> None:
+    book = SlotBook(1)
+    run(book, A)
+    first = take(book, B)
+    assert not first.is_cached
+    assert book.take(B, LONG) is None
+    book.entered(first)
+    assert book.take(B, LONG) is not None
 
 
 async def test_nobody_queues_behind_a_request_that_is_about_to_use_its_cache() -> None:
