@@ -253,6 +253,8 @@ async def trial(plan: Plan, count: int, *, num_quiet: int = 2) -> Trial:
             undisturbed = await answers(quiet, asked, secrets, at_once=plan.at_once)
             if num_quiet > 1:
                 control = verdict(await answers(quiet, asked, secrets, at_once=plan.at_once), undisturbed)
+    if plan.record is not None:
+        plan.record.write_text("")  # a free question was answered otherwise in peace, perhaps in parts
     async with gateway(RESTLESS) as restless:
         async with Disruption(restless, plan.seed, plan.acts, pause_s=plan.pause_s) as disruption:
             replies = await answers(restless, asked, secrets, at_once=plan.at_once)
