@@ -79,7 +79,7 @@ def full() -> tuple[Part, ...]:
         ),
         Part(
             "shared_prefix",
-            partial(workloads.shared_prefix, prefixes=6, users=6, prefix_words=300, words=20, tokens=16, per_s=0.8),
+            partial(workloads.shared_prefix, prefixes=6, users=6, prefix_words=860, words=20, tokens=16, per_s=0.8),
             pair,
             {0: ("good", "good-affinity", "good-gateway", "good-labels", *LADDER, "forebay")},
         ),
