@@ -62,7 +62,7 @@ class Plan:
 
 GPU = Plan(slots=64, streams=40, short=600, long=14_000, context=16384, start_s=300)
 SHARED_GPU = Plan(slots=64, streams=8, short=600, long=14_000, context=16384, start_s=300)  # half the memory for each
-SMALL = Plan(slots=4, streams=4, short=60, long=400, context=1024, start_s=60)
+SMALL = Plan(slots=4, streams=4, short=300, long=900, context=1024, start_s=60)
 
 
 @dataclass

@@ -7,6 +7,7 @@ class Pace:
 
     FADE = 0.95
     ENOUGH = 8
+    TELLING = 64
 
     __slots__ = ("_num", "_prefill", "_sum", "_sum_x", "_sum_xx", "_sum_xy", "_sum_y")
 
@@ -26,8 +27,9 @@ class Pace:
         self._sum_xy = fade * self._sum_xy + num_legs * seconds
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """A leg's first token came after so many seconds, in which so many tokens of its prompt were computed."""
-        if tokens > 0:
+        """A leg's first token came after so many seconds, in which so many tokens of its prompt were computed. Of few
+        tokens nothing is learned: what was measured then is the wait for the step of the others."""
+        if tokens >= self.TELLING:
             sample = seconds / tokens
             self._prefill = sample if self._prefill is None else self._prefill + 0.2 * (sample - self._prefill)
 
