@@ -61,12 +61,14 @@ class Prefix(msgspec.Struct, frozen=True, array_like=True):
 class Role(msgspec.Struct, frozen=True):
     """What a call is to the run of a workflow. ``age_s``: seconds since the run was accepted; ``remaining_s``: about
     how long it takes, from the call's start to the end of the longest path behind it, and ``run_s`` about how long all
-    of the run takes. ``is_followed``: another call of the run can begin as soon as this one has ended."""
+    of the run takes. ``is_followed``: another call of the run can begin as soon as this one has ended. ``run_calls``:
+    about how many calls the run has."""
 
     age_s: float = 0.0
     remaining_s: float = 0.0
     run_s: float = 0.0
     is_followed: bool = False
+    run_calls: int = 1
 
 
 class CallContext(msgspec.Struct, frozen=True):

@@ -95,13 +95,15 @@ Work = Request | Errand
 
 class Standing(msgspec.Struct, frozen=True):
     """What a call is for: see ``objectives``. ``remaining_s``: from its start to the end of all that waits for it;
-    ``run_s``: the longest of these in the run; ``group``: the calls that end together, how many; ``left_s``: until the
-    run's deadline, if it has one."""
+    ``run_s``: the longest of these in the run; ``run_calls``: how many calls it had before it when this was deduced, as
+    far as was known; ``group``: the calls that end together, how many; ``left_s``: until the run's deadline, if it has
+    one."""
 
     criteria: Criteria = "latency"
     level: int = 0
     remaining_s: float = 0.0
     run_s: float = 0.0
+    run_calls: int = 1
     group: str | None = None
     left_s: float | None = None
 

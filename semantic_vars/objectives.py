@@ -40,12 +40,14 @@ def deduce(stages: Mapping[str, Stage]) -> dict[str, Standing]:
         )
     groups = _groups(stages, standings)
     run_s = max((standing.remaining_s for standing in standings.values()), default=0.0)
+    run_calls = sum(stage.members for stage in stages.values())
     return {
         name: msgspec.structs.replace(
             standing,
             criteria="throughput" if name in groups else standing.criteria,
             group=groups.get(name),
             run_s=run_s,
+            run_calls=run_calls,
         )
         for name, standing in standings.items()
     }

@@ -38,6 +38,7 @@ class Arm:
 MECHANISMS = (
     ("workflows", "objectives"),
     ("fairness", "run_order"),
+    ("fairness", "focus"),
     ("fairness", "affinity"),
     ("fairness", "waves"),
     ("workflows", "eager_prefill"),
@@ -67,8 +68,9 @@ ARMS: Mapping[str, Arm] = {
         _ours(1, "Forebay's workflows without any mechanism of their scheduling: the graph at the server alone"),
         _ours(2, "and the scheduler is told what the graph says (`objectives`)"),
         _ours(3, "and runs end one after another (`run_order`)"),
-        _ours(4, "and prompts go where their beginning lies in a cache (`affinity`)"),
-        _ours(5, "and one leg computes what others begin with (`waves`)"),
+        _ours(4, "and not beside each other where an engine gains little by that (`focus`)"),
+        _ours(5, "and prompts go where their beginning lies in a cache (`affinity`)"),
+        _ours(6, "and one leg computes what others begin with (`waves`)"),
         Arm(OURS, "Forebay's workflows as they come: all that, and `eager_prefill`", "forebay", True),
     )
 }

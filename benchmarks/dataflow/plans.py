@@ -11,7 +11,7 @@ from benchmarks.dataflow.workloads import Workload
 
 RTTS = (0, 20, 100, 244)
 CALLS_S = (0.1, 0.3, 1.9)
-LADDER = ("g1", "g2", "g3", "g4", "g5")
+LADDER = ("g1", "g2", "g3", "g4", "g5", "g6")
 
 
 @dataclass(frozen=True)

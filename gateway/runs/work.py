@@ -143,7 +143,7 @@ class Worker:
             context,
             objective=standing.criteria,
             deadline_s=standing.left_s if standing.left_s is not None else context.deadline_s,
-            role=Role(age_s, standing.remaining_s, standing.run_s, is_followed=is_followed),
+            role=Role(age_s, standing.remaining_s, standing.run_s, is_followed, standing.run_calls),
             prefixes=_prefixes(work, call),
         )
         return msgspec.structs.replace(call, context=context)

@@ -211,6 +211,7 @@ class FairnessSettings(_Section):
     ageing: Seconds = Field(default=60.0, ge=0.001, le=10**6)
     step_target: SecondsOrZero = Field(default=0.0, le=60)
     run_order: bool = True
+    focus: bool = True
     affinity: bool = True
     waves: bool = True
 

@@ -39,6 +39,7 @@ class Line:
         self._aside: list[tuple[float, int, Request, Account]] = []
         self._num_aside = 0
         self._following: dict[RequestId, Request] = {}
+        self._standing_back: list[Account] = []
         self._order = itertools.count()  # keeps heaps from comparing what has no order
         self._num_in_turn = 0
         self._adopt(fairness)
@@ -177,6 +178,19 @@ class Line:
     def _enter(self, request: Request, place: Place) -> None:
         request.place = place
         request.account.num_waiting += 1
+
+    def stand_back(self, request: Request) -> None:
+        """The request, whose turn it is, lets others go first, until ``come_forward``."""
+        request.account.programs.stand_back(request)
+        self.turns.changed(request.account)
+        self._standing_back.append(request.account)
+
+    def come_forward(self) -> None:
+        """Who stood back waits for its turn again. Costs O(tenants that did, log n)."""
+        for account in self._standing_back:
+            account.programs.come_forward()
+            self.turns.changed(account)
+        self._standing_back.clear()
 
     # Turns
 

@@ -49,6 +49,8 @@ class Fairness(msgspec.Struct, frozen=True):
     run_order: bool = True
     """Among calls of workflows those go first whose run would end first; else by what it has had, as calls of other
     programs do."""
+    focus: bool = True
+    """A run's calls are not put beside those of the tenant's earlier runs where the worker gains too little by that."""
     affinity: bool = True
     """A request may go to a busier worker for what that one's cache holds of its prompt, if it is done sooner there."""
     waves: bool = True

@@ -28,6 +28,8 @@ RANK_S = 60.0
 LEVEL_S = 5.0
 """How many seconds of waiting one level is worth."""
 LEVELS = 6
+LOOK_AHEAD = 8
+"""Of how many calls in a row the next one may have stood back for another."""
 HALF_LIFE_S = 60.0
 """After how long without a call half of a program's service is forgotten."""
 REMEMBERED = 512
@@ -96,7 +98,7 @@ def run_ends_at(call: Waiting, role: Role) -> float:
 class _Row(Generic[Call]):
     """The waiting calls of one program and class, or of all runs of a class: those first that have run already."""
 
-    __slots__ = ("_arrivals", "_heap", "_keys", "_num_front", "calls", "name", "program", "rank")
+    __slots__ = ("_arrivals", "_aside", "_heap", "_keys", "_num_front", "calls", "name", "program", "rank")
 
     def __init__(self, name: _Name, program: Program | None) -> None:
         self.name = name
@@ -107,6 +109,7 @@ class _Row(Generic[Call]):
         # Those that have gone too, until they come to the top.
         self._heap: list[tuple[_CallKey, RequestId]] = []
         self._arrivals: list[tuple[float, RequestId]] = []
+        self._aside: list[tuple[_CallKey, RequestId]] = []
         self._num_front = 0
 
     def add(self, call: Call, role: Role | None, *, front: bool) -> None:
@@ -119,13 +122,31 @@ class _Row(Generic[Call]):
         heapq.heappush(self._heap, (key, call.id))
         heapq.heappush(self._arrivals, (call.arrived_at, call.id))
 
+    def stand_back(self, call: Call) -> bool:
+        """Let the others of the row be first; return whether there are any, and few have done so."""
+        self._aside.append((self._keys.pop(call.id), call.id))
+        return self.has_head and len(self._aside) < LOOK_AHEAD
+
+    def come_forward(self) -> None:
+        for key, call in self._aside:
+            if call in self.calls and call not in self._keys:
+                self._keys[call] = key
+                heapq.heappush(self._heap, (key, call))
+        self._aside.clear()
+
     def discard(self, call: Call) -> None:
-        del self.calls[call.id], self._keys[call.id]
+        del self.calls[call.id]
+        self._keys.pop(call.id, None)
         if max(len(self._heap), len(self._arrivals)) > 2 * len(self.calls) + 16:
             self._heap = [(key, name) for name, key in self._keys.items()]
             self._arrivals = [(call.arrived_at, call.id) for call in self.calls.values()]
             heapq.heapify(self._heap)
             heapq.heapify(self._arrivals)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether one waits that does not stand back."""
+        return bool(self._keys)
 
     @property
     def head(self) -> Call:
@@ -154,6 +175,7 @@ class Programs(Generic[Call]):
         self._known: dict[str, Program] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()  # those with no call open, the longest idle first
         self._rows: dict[_Name, _Row[Call]] = {}
+        self._standing_back: list[_Row[Call]] = []
         self._order: Ordered[_Row[Call]] = Ordered(self._key)
 
     def __bool__(self) -> bool:
@@ -161,6 +183,11 @@ class Programs(Generic[Call]):
 
     def __iter__(self) -> Iterator[Call]:
         return (call for row in self._rows.values() for call in row.calls.values())
+
+    @property
+    def num_open(self) -> int:
+        """How many programs with a name have calls that wait or run."""
+        return len(self._known) - len(self._idle)
 
     def open(self, name: str, now: float) -> None:
         """A call of the program has come. Calls without a program's name are programs of their own."""
@@ -203,10 +230,29 @@ class Programs(Generic[Call]):
         row.discard(request)
         if not row.calls:
             del self._rows[row.name]
+        if not row.has_head:
             self._order.discard(row)
 
+    def stand_back(self, request: Call) -> None:
+        """Let others be next than this one, which is, until ``come_forward``; and than all that are in its row, when
+        ``LOOK_AHEAD`` of them have stood back."""
+        row = self._rows[self._name(request)]
+        self._standing_back.append(row)
+        if row.stand_back(request):
+            self._order.put(row)
+        else:
+            self._order.discard(row)
+
+    def come_forward(self) -> None:
+        """Let all be next again."""
+        for row in self._standing_back:
+            row.come_forward()
+            if row.calls:
+                self._order.put(row)
+        self._standing_back.clear()
+
     def first(self) -> Call | None:
-        """Return the request that is next."""
+        """Return the request that is next; None if nobody waits, or all stand back."""
         row = self._order.first()
         return row.head if row is not None else None
 

@@ -42,7 +42,7 @@ class Vtc:
 
     def changed(self, account: Account) -> None:
         """The tenant's queue, or its counter other than upwards, has changed."""
-        if account.is_backlogged:
+        if account.programs.first() is not None:
             self._backlogged.put(account)
         else:
             self._backlogged.discard(account)

@@ -4,8 +4,9 @@ import heapq
 import itertools
 from collections.abc import Iterator, Mapping
 
-from core.ids import LegId, ModelName, RequestId, WorkerId
+from core.ids import LegId, ModelName, RequestId, TenantId, WorkerId
 from routing.fairness.policy import Fairness
+from routing.fairness.programs import run_ends_at
 from routing.scheduler.events import WorkerView
 from routing.scheduler.keeping import KEPT_S, Kept, Program, program_of
 from routing.scheduler.paying import release_owed
@@ -82,6 +83,7 @@ class Books:
         self.legs[leg.id] = leg
         worker.legs[leg.id] = leg
         worker.num_running += 1
+        worker.cost.start(leg.started_at)
         worker.num_urgent += request.is_urgent
         worker.outstanding += leg.outstanding
         worker.kv_tokens += leg.kv_tokens
@@ -100,6 +102,7 @@ class Books:
         del self.legs[leg.id], worker.legs[leg.id]
         has_led(leg, model.line, now)
         worker.num_running -= 1
+        worker.cost.end(now, has_begun=leg.has_begun)
         worker.num_urgent -= request.is_urgent
         worker.outstanding -= leg.outstanding
         worker.kv_tokens -= leg.kv_tokens
@@ -118,9 +121,10 @@ class Books:
     def keep(self, request: Request, worker: WorkerState, now: float) -> None:
         """Keep a slot of the worker, which has room, for the next call of a request's run; one at a time."""
         program, model = program_of(request), self.models[request.model]
-        if program in self._kept or worker.room <= 0 or worker.view.model != model.name:
+        role = request.role
+        if role is None or program in self._kept or worker.room <= 0 or worker.view.model != model.name:
             return
-        self._kept[program] = Kept(worker, model.name, now + KEPT_S)
+        self._kept[program] = Kept(worker, model.name, now + KEPT_S, run_ends_at(request, role))
         self._hold_slot(model, worker, 1)
         self.wake(now + KEPT_S, model.name)
 
@@ -130,6 +134,13 @@ class Books:
         if kept is not None and kept.model == request.model and request.role is not None:
             del self._kept[program_of(request)]
             request.target = kept.worker
+
+    def is_kept_for_earlier(self, worker: WorkerState, tenant: TenantId, ends_at: float) -> bool:
+        """Return whether a slot of the worker is kept for a run of the tenant that is to end before then."""
+        return any(
+            kept.worker is worker and program[0] == tenant and kept.ends_at < ends_at
+            for program, kept in self._kept.items()
+        )
 
     def drop_kept(self, model: Model, now: float) -> None:
         """Give free what was kept of the model's slots and is wanted no more."""

@@ -18,11 +18,12 @@ Program = tuple[TenantId, str]
 
 
 class Kept(NamedTuple):
-    """A slot that is kept, for which model, and how long."""
+    """A slot that is kept, for which model, and how long. ``ends_at``: when the run would end if it were alone."""
 
     worker: WorkerState
     model: ModelName
     until: float
+    ends_at: float
 
 
 def program_of(request: Request) -> Program:

@@ -36,7 +36,7 @@ from routing.scheduler.paying import (
     release_owed,
     settle_prompt,
 )
-from routing.scheduler.placing import worker_for
+from routing.scheduler.placing import able_workers, worker_for
 from routing.scheduler.state import FOREVER, Leg, Model, Request, WorkerState
 from routing.scheduler.views import FairnessView, fairness_view
 from routing.scheduler.waves import has_led, must_follow
@@ -168,6 +168,7 @@ class Scheduler:
         model = self._books.models[request.model]
         effects = self._begin(leg, event.now)
         leg.deliver(num)
+        worker.cost.deliver(num)
         leg.ran += num
         leg.kv_tokens += num
         worker.kv_tokens += num
@@ -181,7 +182,7 @@ class Scheduler:
         """The leg's prompt is done: those that wait for that may go on."""
         if leg.has_begun:
             return []
-        leg.begin()
+        leg.begin(now)
         model = self._books.models[leg.request.model]
         return self._decide(model, now) if has_led(leg, model.line, now) else []
 
@@ -215,6 +216,7 @@ class Scheduler:
         if leg is None:
             return []
         request, worker = leg.request, leg.worker
+        self._books.models[worker.view.model].line.come_forward()
         self._books.release(leg, event.now)
         line = self._books.models[request.model].line
         if event.num_tokens:
@@ -418,6 +420,7 @@ class Scheduler:
         taken from, and what should move."""
         effects: list[Effect] = []
         line = model.line
+        line.come_forward()
         if model.draining and model.with_room:
             while line.num_had_turn and self._start_first(model, now, effects):
                 pass
@@ -440,6 +443,9 @@ class Scheduler:
             return False
         start = self._try_start(model, request, now)
         if start is None:
+            if request.place is Place.TURN and able_workers(model, now):  # it waits for better
+                line.stand_back(request)
+                return True
             return request.place is Place.FOLLOWING
         effects.append(start)
         return True

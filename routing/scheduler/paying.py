@@ -30,6 +30,7 @@ def settle_prompt(line: Line, leg: Leg, prefilled: int) -> None:
         return
     leg.is_told = True
     request = leg.request
+    leg.worker.cost.computed(prefilled)
     if leg.first_at is not None:
         leg.worker.pace.observe_prefill(prefilled, leg.first_at - leg.started_at)
     if leg.resumed:

@@ -1,30 +1,43 @@
 """Which worker a request starts on: the one that keeps a slot for it, the one that may hold its cache, else the score
 of ``routing/placement.py``."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from routing.placement import Candidate, choose
 from routing.scheduler.books import Books
+from routing.scheduler.focus import is_in_the_way, may_stand_back
 from routing.scheduler.pace import Pace
-from routing.scheduler.state import Model, Request, WorkerState
+from routing.scheduler.patience import is_sooner_elsewhere
+from routing.scheduler.state import Model, Request, WorkerState, usual_answer
 
-_USUAL_ANSWER = 256  # tokens: many callers allow far more than they get
+
+def able_workers(model: Model, now: float) -> list[WorkerState]:
+    """Return the workers that have room and may be used."""
+    return [worker for worker in model.with_room.values() if worker.breaker.allows(now)]
 
 
 def worker_for(books: Books, model: Model, request: Request, now: float) -> WorkerState | None:
-    """Return the worker, None if none that may be used has room. The slot that was kept for the request is free."""
+    """Return the worker, None if none that may be used has room, or where others had better have it. The slot that was
+    kept for the request is free."""
     target = request.target
     books.drop_target(request)
-    able = [worker for worker in model.with_room.values() if worker.breaker.allows(now)]
-    if not able:
-        return None
+    able = able_workers(model, now)
     if target is not None and target in able:
         return target
     home = books.workers.get(request.home[0]) if request.home is not None else None
     if home is not None and home in able and home.view.id not in request.tried and home.view.is_healthy:
         return home
-    if len(able) == 1:
-        return able[0]
+    if not may_stand_back(model, request):
+        return _best(books, model, request, able)
+    chosen = _best(books, model, request, [one for one in able if not is_in_the_way(books, model, request, one)])
+    return None if chosen is None or is_sooner_elsewhere(model, request, chosen, now) else chosen
+
+
+def _best(books: Books, model: Model, request: Request, able: Sequence[WorkerState]) -> WorkerState | None:
+    if len(able) < 2:
+        return able[0] if able else None
     if request.prefixes and model.line.fairness.affinity:
         # Of whom too little was seen, it is taken to be like another.
         known = next((worker.pace for worker in able if worker.pace.can_tell), None)
@@ -52,5 +65,5 @@ def _with_cache(worker: WorkerState, request: Request, pace: Pace | None) -> Can
     if pace is not None:
         prefill_s, step_s = pace.prefill(fresh), pace.step(worker.num_running + 1)
         if prefill_s is not None and step_s is not None:
-            seconds = prefill_s + step_s * min(request.remaining, _USUAL_ANSWER)
+            seconds = prefill_s + step_s * usual_answer(request)
     return msgspec.structs.replace(_by_load(worker, request), fresh_tokens=fresh, seconds=seconds)

@@ -9,12 +9,14 @@ from routing.fairness.policy import Fairness
 from routing.fairness.preemption import PER_WORKER
 from routing.fairness.resume_cost import ResumeCost
 from routing.fairness.running import Running
+from routing.scheduler.cost import Cost
 from routing.scheduler.effects import CutFor
 from routing.scheduler.events import Submit, WorkerView
 from routing.scheduler.pace import Pace
 from routing.scheduler.warmth import Warmth
 
 FOREVER = float("inf")
+USUAL_ANSWER = 256  # tokens: many callers allow far more than they get
 
 FULL_AT = 0.75
 """The share of an engine's memory from which on it is given nothing more: what runs there grows."""
@@ -119,6 +121,11 @@ class Request(Waiting):
         return self.tokens_estimate - self.prompt_tokens - self.delivered
 
 
+def usual_answer(request: Request) -> int:
+    """Return how many tokens the rest of the request's answer will have, about."""
+    return min(request.remaining, USUAL_ANSWER)
+
+
 class Leg:
     """One run of a request. ``breaker``: of the worker as it was at the start, since a leg's end says nothing of a
     later incarnation. ``ran``: tokens that it has delivered. ``context``: tokens that it began with, of which
@@ -190,10 +197,11 @@ class Leg:
         """Whether it may be cut at all: nobody has done so, and its worker has let go of most that were."""
         return self.cut_for is None and self.worker.num_cutting < PER_WORKER
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         """Its prompt is done."""
         if not self.has_begun:
             self.has_begun = True
+            self.worker.cost.begin(now)
             self.deliver(self.context - self.saved)
 
     def deliver(self, tokens: int) -> None:
@@ -238,6 +246,7 @@ class WorkerState:
         self.legs: dict[LegId, Leg] = {}
         self.resume_cost = ResumeCost()
         self.pace = Pace()
+        self.cost = Cost()
         self.warmth = Warmth()
         self.leaders: dict[int, Leg] = {}
         self.num_urgent = 0

@@ -91,7 +91,7 @@ def test_what_the_settings_take_the_scheduler_takes(name: str, value: float) -> 
         assert found.problem() is None
 
 
-@pytest.mark.parametrize("name", ["run_order", "affinity", "waves"])
+@pytest.mark.parametrize("name", ["run_order", "focus", "affinity", "waves"])
 def test_what_can_be_switched_off_is_off_for_the_scheduler(name: str) -> None:
     assert fairness_of(settings_of(fairness={name: False}).fairness) == msgspec.structs.replace(
         Fairness(), **{name: False}

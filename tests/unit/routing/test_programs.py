@@ -4,7 +4,7 @@ import msgspec
 
 from core.chat import Role
 from core.ids import RequestId
-from routing.fairness.programs import HALF_LIFE_S, LEVEL_S, RANK_S, REMEMBERED, Ladder, Programs
+from routing.fairness.programs import HALF_LIFE_S, LEVEL_S, LOOK_AHEAD, RANK_S, REMEMBERED, Ladder, Programs
 
 
 class Call(msgspec.Struct):
@@ -187,3 +187,33 @@ def test_what_runs_have_before_them_can_be_left_out_of_it() -> None:
         tenant.call("old", at=10.0, role=Role(60.0, 9.0))
 
         assert tenant.order() == ["young1", "old2", "old3"]
+
+
+def test_who_stands_back_lets_those_of_its_row_go_first_until_it_comes_forward_and_all_do_after_a_few() -> None:
+    tenant = Tenant()
+    runs = [tenant.call(f"run{number}", role=Role(run_s=float(number))) for number in range(LOOK_AHEAD + 2)]
+    other = tenant.call("other")
+    for call in runs[:LOOK_AHEAD]:
+        assert tenant.programs.first() is call
+        tenant.programs.stand_back(call)
+    assert tenant.programs.first() is other
+    tenant.programs.remove(other)
+    assert tenant.programs.first() is None
+
+    tenant.programs.come_forward()
+    assert tenant.order() == [call.id for call in runs]
+
+
+def test_who_stands_back_may_leave_and_so_may_all_others() -> None:
+    tenant = Tenant()
+    first, second = (tenant.call(f"run{number}", role=Role(run_s=float(number))) for number in range(2))
+    tenant.programs.stand_back(first)
+    tenant.programs.remove(second)
+    assert tenant.programs.first() is None
+    tenant.programs.remove(first)
+    tenant.programs.come_forward()
+    assert tenant.programs.first() is None
+    assert not tenant.programs
+
+    again = tenant.call("run0", role=Role())
+    assert tenant.programs.first() is again

@@ -39,8 +39,8 @@ class AnyHistory(RuleBasedStateMachine):
         super().__init__()
         self.world = World(view("m-0", slots=2), view("m-1"), view("n-0"), limits=LIMITS)
 
-    @initialize(policy=st.sampled_from(POLICIES))
-    def begin(self, policy: Policy) -> None:
+    @initialize(policy=st.sampled_from(POLICIES), knows=st.booleans())
+    def begin(self, policy: Policy, *, knows: bool) -> None:
         fairness = Fairness(
             policy=policy,
             threshold=20,
@@ -53,6 +53,8 @@ class AnyHistory(RuleBasedStateMachine):
         )
         both = {ModelName("m"): fairness, ModelName("n"): fairness}
         self.world = World(view("m-0", slots=2), view("m-1"), view("n-0"), limits=LIMITS, fairness=both)
+        if knows:
+            learn(self.world)
 
     @rule(
         tenant=st.sampled_from("abc"),
@@ -61,7 +63,7 @@ class AnyHistory(RuleBasedStateMachine):
         timeout=st.sampled_from([0.5, 5.0, 60.0]),
         more=st.fixed_dictionaries(
             {
-                "prompt": st.integers(0, 20),
+                "prompt": st.one_of(st.integers(0, 20), st.just(1100)),
                 "pinned": st.sampled_from([False, False, True]),
                 "rank": st.integers(0, 2),
                 "program": st.sampled_from(["", "p", "q"]),
@@ -169,6 +171,20 @@ AnyHistory.TestCase.settings = settings(
     max_examples=max(120, settings().max_examples), stateful_step_count=40, deadline=None
 )
 test_any_history_keeps_the_rules = AnyHistory.TestCase
+
+
+def learn(world: World) -> None:
+    """Let the first worker of either model show how fast it is, and that it gains nothing by legs beside each other."""
+    for model in "mn":
+        for number in range(8):
+            name = f"{model}{number}"
+            world.submit(name, "teacher", model, tokens=120, prompt=100)
+            world.advance(1.0)
+            world.first_token(f"{name}/0", prefilled=100)
+            for _ in range(10):
+                world.advance(0.01)
+                world.tokens(f"{name}/0", 1)
+            world.end(f"{name}/0")
 
 
 def quiet(world: World) -> None:

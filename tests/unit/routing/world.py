@@ -29,7 +29,7 @@ from routing.scheduler import (
     Worker,
     WorkerView,
 )
-from routing.scheduler.state import FOREVER
+from routing.scheduler.state import FOREVER, Request, WorkerState
 
 LIMITS = Limits()
 M = ModelName("m")
@@ -315,7 +315,26 @@ class World:
                 if state.place is Place.FOLLOWING:
                     assert any(state in leg.followers for leg in self.scheduler._books.legs.values())
                     continue
-                assert not (is_able and self.now >= state.not_before), f"{request} waits, and {view.id} has room"
+                if not is_able or self.now < state.not_before:
+                    continue
+                assert self._has_reason(state, worker), f"{request} waits, and {view.id} has room"
+
+    def _has_reason(self, waits: Request, worker: WorkerState) -> bool:
+        """Whether a call of a run that has never run may wait all the same: for its tenant's other runs there, or for a
+        worker that holds more of its prompt."""
+        if waits.role is None or waits.num_legs or self.fairness_of(waits.model).policy == "fcfs":
+            return False
+        beside = (leg.request for leg in worker.legs.values())
+        if any(one.account is waits.account and one.role and one.program != waits.program for one in beside):
+            return True
+        if any(kept.worker is worker for kept in self.scheduler._books._kept.values()):
+            return True
+        saved = worker.warmth.saved(waits.prefixes)
+        workers = self.scheduler._books.models[waits.model].workers
+        return any(other.warmth.saved(waits.prefixes) > saved for other in workers)
+
+    def fairness_of(self, model: ModelName) -> Fairness:
+        return self.scheduler._books.fairness_of(model)
 
     # Views
 

@@ -50,6 +50,7 @@ def test_groups_that_share_a_consumer_are_one_and_levels_apart_are_two() -> None
 def test_a_map_is_a_group_by_itself() -> None:
     seen = deduce({"m": Stage(("r",), members=8), "r": Stage((), "latency")})
     assert (seen["m"].criteria, seen["m"].group) == ("throughput", "m")
+    assert {one.run_calls for one in seen.values()} == {9}
 
 
 def test_the_last_of_a_group_becomes_urgent() -> None:
