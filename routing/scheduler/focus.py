@@ -42,8 +42,11 @@ def _pays(model: Model, request: Request, role: Role, worker: WorkerState) -> bo
     runs have to do, calls that are not ready included, if they are all like this one."""
     num = request.account.programs.num_open * role.run_calls / len(model.workers)
     fresh = max(0, request.context - worker.warmth.saved(request.prefixes))
-    best = worker.cost.best_legs(num, prompt=fresh, answer=usual_answer(request))
-    return best is None or worker.num_running + 1 <= best
+    for known in (worker, *model.workers):  # of whom too little was seen, it is taken to be like another
+        best = known.cost.best_legs(num, prompt=fresh, answer=usual_answer(request))
+        if best is not None:
+            return worker.num_running + 1 <= best
+    return True
 
 
 def _is_behind(books: Books, request: Request, role: Role, worker: WorkerState) -> bool:

@@ -47,6 +47,14 @@ def test_it_does_not_wait_where_the_engine_gains_by_batches_or_nothing_is_known(
     assert starts(world.submit("young", program="young", role=YOUNG, tokens=100, prompt=50)) == [("young", "m-0")]
 
 
+def test_a_worker_of_which_nothing_is_known_is_taken_to_be_like_another() -> None:
+    world = world_of(ALONE, "m-0", "m-1")
+    world.scheduler._books.workers[WorkerId("m-0")].cost = Cost()
+    world.submit("old", program="old", role=OLD, tokens=100, prompt=50)
+    world.submit("old1", program="old", role=OLD, tokens=100, prompt=50)
+    assert starts(world.submit("young", program="young", role=YOUNG, tokens=100, prompt=50)) == []
+
+
 def test_who_waits_for_a_run_holds_up_nobody_else() -> None:
     world = world_of(ALONE)
     world.submit("old", program="old", role=OLD, tokens=100, prompt=50)
