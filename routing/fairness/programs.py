@@ -29,7 +29,7 @@ LEVEL_S = 5.0
 """How many seconds of waiting one level is worth."""
 LEVELS = 6
 LOOK_AHEAD = 8
-"""Of how many calls in a row the next one may have stood back for another."""
+"""So many calls of one row may stand back before all of it does."""
 HALF_LIFE_S = 60.0
 """After how long without a call half of a program's service is forgotten."""
 REMEMBERED = 512
