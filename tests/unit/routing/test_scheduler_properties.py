@@ -215,9 +215,10 @@ def finish(world: World) -> None:
     for turn in range(20):
         for leg in world.legs():
             world.end(leg)
-        if not world.waiting and not world.running:
+        is_done = not world.waiting and not world.running
+        world.advance(40.0)  # what is kept for a run's next call is given back as well
+        if is_done:
             return
-        world.advance(40.0)
         if turn == 5:
             for worker in WORKERS:
                 world.worker(view(worker, incarnation=7))

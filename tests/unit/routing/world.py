@@ -8,6 +8,7 @@ from core.ids import LegId, ModelName, RequestId, TenantId, WorkerId
 from routing.fairness.account import Place
 from routing.fairness.policy import Fairness
 from routing.fairness.preemption import PER_DECISION, PER_WORKER
+from routing.fairness.programs import run_ends_at
 from routing.scheduler import (
     BUSY_PAUSE_S,
     Abort,
@@ -61,6 +62,7 @@ class World:
         self.num_cuts = 0
         self._most_slots: Counter[WorkerId] = Counter()
         self._claimants: dict[RequestId, ModelName] = {}
+        self._is_kept_for: RequestId | None = None
         self.cancelled: set[RequestId] = set()
         self.ended: dict[RequestId, str] = {}
         self._not_before: dict[tuple[RequestId, ModelName], float] = {}
@@ -191,6 +193,7 @@ class World:
 
     def feed(self, event: Event) -> list[Effect]:
         self.events.append(event)
+        self._is_kept_for = self._finds_kept(event)
         effects = self.scheduler.on(event)
         self.effects.append(effects)
         preempted = Counter(
@@ -204,6 +207,14 @@ class World:
         if self.checks_always:
             self.check()
         return effects
+
+    def _finds_kept(self, event: Event) -> RequestId | None:
+        """Return the request that comes just now, if a slot is kept for its run: it was freed for nobody else."""
+        if isinstance(event, Submit) and event.role is not None:
+            kept = self.scheduler._books._kept.get((event.tenant, event.program))
+            if kept is not None and kept.model == event.models[0]:
+                return event.request
+        return None
 
     # Rules of effects
 
@@ -256,7 +267,8 @@ class World:
             for one, model in self._claimants.items()
             if model == start.model and one in self.waiting and known[one].model == model
         ]
-        assert not claimants or request in claimants, "a slot that was freed for another"
+        is_kept = request == self._is_kept_for
+        assert not claimants or request in claimants or is_kept, "a slot that was freed for another"
         self._claimants.pop(request, None)
         assert view.is_ready
         assert not view.is_draining
@@ -320,18 +332,23 @@ class World:
                 assert self._has_reason(state, worker), f"{request} waits, and {view.id} has room"
 
     def _has_reason(self, waits: Request, worker: WorkerState) -> bool:
-        """Whether a call of a run that has never run may wait all the same: for its tenant's other runs there, or for a
-        worker that holds more of its prompt."""
-        if waits.role is None or waits.num_legs or self.fairness_of(waits.model).policy == "fcfs":
+        """Whether a call of a run that has never run may wait all the same: for its tenant's runs there that end
+        before it, or for a worker that holds much more of its prompt."""
+        fairness = self.fairness_of(waits.model)
+        if waits.role is None or waits.num_legs or fairness.policy == "fcfs":
             return False
-        beside = (leg.request for leg in worker.legs.values())
-        if any(one.account is waits.account and one.role and one.program != waits.program for one in beside):
-            return True
-        if any(kept.worker is worker for kept in self.scheduler._books._kept.values()):
+        ends_at = run_ends_at(waits, waits.role)
+        beside = [leg.request for leg in worker.legs.values() if leg.request.account is waits.account]
+        earlier = [run_ends_at(one, one.role) < ends_at for one in beside if one.role and one.program != waits.program]
+        kept = [
+            kept.worker is worker and tenant == waits.account.tenant and kept.ends_at < ends_at
+            for (tenant, _), kept in self.scheduler._books._kept.items()
+        ]
+        if fairness.focus and any(earlier + kept):
             return True
         saved = worker.warmth.saved(waits.prefixes)
         workers = self.scheduler._books.models[waits.model].workers
-        return any(other.warmth.saved(waits.prefixes) > saved for other in workers)
+        return fairness.affinity and any(other.warmth.saved(waits.prefixes) - saved >= 256 for other in workers)
 
     def fairness_of(self, model: ModelName) -> Fairness:
         return self.scheduler._books.fairness_of(model)
