@@ -9,18 +9,21 @@ engine tuned for latency (1.1), while the rest is done as on one tuned for throu
 
 Method: the same graphs with the same texts, seeds, data flow and lengths of answers (`ignore_eos`) by every arm, in
 one run, interleaved, forward in one round and backward in the next; greedy. Engines are started by the benchmark and
-are the same for all; gateways are attached to them, new in every cell; caches are empty at the beginning of a cell. A
-client that talks to llama.cpp directly has it with llama.cpp's own defaults and caches. Engines have one core, gateway
-and client the other. The network is a proxy that holds every byte for half a round trip either way (and a new
-connection for one more), between the client and what it talks to; gateway and engines stand together. Clients keep
-connections open. `good` is a client as good as can be written by hand (`benchmarks/dataflow/clients.py`); what it
-cannot have is the knowledge of other applications. The bound of a chain is (T + RTT + o_client) / (T + o_server); the
-overheads are measured with calls that take no time.
+are the same for all; gateways are attached to them, new in every cell. Before a cell every arm does the same few
+calls, of other texts, one alone and then several at a time: a gateway that has just been started does not know yet how
+fast its workers are (`--cold` leaves them out). No cache holds anything of a cell at its beginning. A client that
+talks to llama.cpp directly has it with llama.cpp's own defaults and caches. Engines have one core, gateway and client
+the other. The network is a proxy that holds every byte for half a round trip either way (and a new connection for one
+more), between the client and what it talks to; gateway and engines stand together. Clients keep connections open.
+`good` is a client as good as can be written by hand (`benchmarks/dataflow/clients.py`); what it cannot have is the
+knowledge of other applications. The bound of a chain is (T + RTT + o_client) / (T + o_server); the overheads are
+measured with calls that take no time.
 
     python -m benchmarks.workflows                     everything, goes on where it was cut off
     python -m benchmarks.workflows --quick             fake engine and llama.cpp, smaller, within 4 minutes
     python -m benchmarks.workflows --workloads chains  one of them; a full run takes its cells over
     python -m benchmarks.workflows --workloads chains --arms good,forebay --rounds 1      an A/B; nothing is kept
+    python -m benchmarks.workflows --workloads multi_agent --cold    with gateways that have just been started
 
 Results of whole workloads are kept under their names, of anything less in the cache folder. Ends with 1 if a target
 is missed.
@@ -62,6 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rtts", help="comma-separated round trips in milliseconds, of those that a workload has")
     parser.add_argument("--arms", help=f"comma-separated, of {', '.join(ARMS)}: for every workload that is chosen")
     parser.add_argument("--rounds", type=int, help=f"{FULL_ROUNDS}, with --quick {QUICK_ROUNDS}")
+    parser.add_argument("--cold", action="store_true", help="without the warm-up before each cell; nothing is kept")
     parser.add_argument("--fresh", action="store_true", help="drop the cells that a run that was cut off left")
     given = parser.parse_args()
     given.workloads = given.workloads.split(",") if given.workloads else names
@@ -70,13 +74,13 @@ def arguments() -> argparse.Namespace:
     if unknown := set(given.arms.split(",") if given.arms else ()) - set(ARMS):
         parser.error(f"no arm {min(unknown)!r}; there are {', '.join(ARMS)}")
     given.is_all = given.workloads == names
-    given.is_whole = not (given.engine or given.rtts or given.arms or given.rounds)
+    given.is_whole = not (given.engine or given.rtts or given.arms or given.rounds or given.cold)
     return given
 
 
 def store_of(given: argparse.Namespace) -> Path | None:
-    """Return where cells are kept; nowhere for a quick run and for an A/B."""
-    if given.quick or given.arms or given.rounds:
+    """Return where cells are kept; nowhere for a quick run, a cold one and an A/B."""
+    if given.quick or given.arms or given.rounds or given.cold:
         return None
     store = RESULTS / "workflows.cells.jsonl.tmp"
     store.parent.mkdir(exist_ok=True)
@@ -105,7 +109,7 @@ def bench(given: argparse.Namespace) -> bool:
     arms = given.arms.split(",") if given.arms else None
     rtts = {int(rtt) for rtt in given.rtts.split(",")} if given.rtts else None
     parts = chosen(quick() if given.quick else full(), given.workloads, arms=arms, engine=given.engine, rtts=rtts)
-    run = Run(parts, store_of(given))
+    run = Run(parts, store_of(given), given.cold)
     os.sched_setaffinity(0, {cores.load})
     began, stolen = beginning(), psutil.cpu_times().steal
     storm = asyncio.run(measure(given, run, cores))
@@ -116,7 +120,7 @@ def bench(given: argparse.Namespace) -> bool:
         f"{psutil.cpu_times().steal - stolen:.1f} s of CPU stolen.",
     ]
     of = "" if given.is_all else f"-{'-'.join(given.workloads)}"
-    name = f"workflows{of}-{began.at[:10]}{'-quick' if given.quick else ''}"
+    name = f"workflows{of}-{began.at[:10]}{'-quick' if given.quick else ''}{'-cold' if given.cold else ''}"
     write(
         "workflows", "Applications of many calls", began, run, machine=this_machine(),
         stem=(RESULTS if given.is_whole else folder("picked")) / name, lines=told.lines + lines, notes=notes,

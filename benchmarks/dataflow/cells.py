@@ -17,7 +17,7 @@ from benchmarks.dataflow.clients import Target
 from benchmarks.dataflow.engines import Stable, computed_by
 from benchmarks.dataflow.plans import Part
 from benchmarks.dataflow.seen import Seen
-from benchmarks.dataflow.workloads import App, Ask, Workload
+from benchmarks.dataflow.workloads import App, Ask, Workload, warm_up
 from benchmarks.loopback.cache import ROOT, Missing
 from benchmarks.loopback.processes import Failed
 from benchmarks.reporting import say
@@ -25,7 +25,8 @@ from tests.fakes.gateway import GatewayFailedError
 
 LONGEST_S = 900.0  # a cell that takes longer hangs
 SOURCES = ("core", "routing", "engines", "storage", "semantic_vars", "gateway", "benchmarks/dataflow")
-_HELLO = Workload("hello", 0, (App("hello", 0.0, (Ask("hello", ("Say hello.",), 4),), "hello", "hello"),))
+COLD = Workload("hello", 0, (App("hello", 0.0, (Ask("hello", ("Say hello.",), 4),), "hello", "hello"),))
+"""What goes before a cell if nothing is to be learned from it."""
 
 Place = tuple[str, int, str]  # a part, the milliseconds of a round trip, an arm
 
@@ -43,13 +44,14 @@ async def played(arm: Arm, workload: Workload, target: Target) -> Seen:
     return await clients.play(workload, target, at_once=arm.client == "good", placing=arm.placing, labels=labels)
 
 
-async def measured(part: Part, arm: Arm, rtt_ms: int, mark: str, stable: Stable) -> Seen:
-    """Measure one cell. Raises `Failed`, ``GatewayFailedError`` or ``TimeoutError`` where that cannot be."""
+async def measured(part: Part, arm: Arm, rtt_ms: int, mark: str, stable: Stable, *, is_cold: bool = False) -> Seen:
+    """Measure one cell, after a warm-up that is the same for all arms. Raises `Failed`, ``GatewayFailedError`` or
+    ``TimeoutError`` where that cannot be."""
     stand = part.stand_for(arm)
     engines = await stable.engines(stand)
     async with opened(arm, stand, engines, rtt_ms) as target, asyncio.timeout(LONGEST_S):
         first = ARMS[GOOD] if arm.client == "langgraph" else arm  # LangGraph's process warms itself up
-        if problems := (await played(first, _HELLO, target)).problems:
+        if problems := (await played(first, COLD if is_cold else warm_up(stand.workers), target)).problems:
             raise Failed(problems[0])
         before = await computed_by(engines)
         seen = await played(arm, part.make(mark), target)
@@ -60,10 +62,12 @@ async def measured(part: Part, arm: Arm, rtt_ms: int, mark: str, stable: Stable)
 
 @dataclass
 class Run:
-    """What is measured, and what has been seen: by place, a cell for each round (None: it failed)."""
+    """What is measured, and what has been seen: by place, a cell for each round (None: it failed). ``is_cold``:
+    without the warm-up, so that a gateway learns of its workers from what is measured."""
 
     parts: Sequence[Part]
     store: Path | None = None
+    is_cold: bool = False
     cells: dict[Place, list[Seen | None]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -100,7 +104,7 @@ class Run:
     async def _cell(self, part: Part, arm: Arm, rtt_ms: int, number: int, stable: Stable, told: str) -> Seen | None:
         began = time.monotonic()
         try:
-            seen = await measured(part, arm, rtt_ms, f"{number:08}", stable)
+            seen = await measured(part, arm, rtt_ms, f"{number:08}", stable, is_cold=self.is_cold)
         except (Failed, Missing, GatewayFailedError, TimeoutError, aiohttp.ClientError) as error:
             self.problems.append(f"{told}: {type(error).__name__} {' '.join(str(error).split())[:200]}")
             say("\n".join([self.problems[-1], *getattr(error, "__notes__", [])]))

@@ -273,6 +273,23 @@ def loop_tools(
     return Workload("loop_tools", seed, tuple(made))
 
 
+def warm_up(apps: int) -> Workload:
+    """Return applications that have nothing to do with what is measured: a call alone and then eight at a time, in
+    each. From them a gateway learns what legs cost its workers, as it has after a minute of any traffic."""
+    text = _Text(0, "before")
+    made = []
+    for number in range(apps):
+        begin = f"{text.mark}{number:03} "
+        alone = Ask("alone", (f"{begin}Tell of {text.words(60)}",), 64)
+        many = [
+            Ask(f"with{one}", (f"{begin}{one} After ", Of("alone"), f" tell of {text.words(40)}"), 32)
+            for one in range(8)
+        ]
+        last = Ask("last", (f"{begin}Combine ", *(Of(one.name) for one in many)), 4)
+        made.append(App(f"before{number}", 0.0, (alone, *many, last), "last", f"before{number}"))
+    return Workload("warm_up", 0, tuple(made))
+
+
 def rendered(prompt: Sequence[Piece], values: "dict[str, str]") -> str:
     """Return the text of a prompt."""
     return "".join(piece if isinstance(piece, str) else values[piece.name] for piece in prompt)

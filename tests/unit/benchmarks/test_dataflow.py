@@ -20,9 +20,10 @@ from semantic_vars.graph import USUAL, Reader
 
 TARGET = Target(("http://127.0.0.1:1", "http://127.0.0.1:2"), "m")
 DRAWN = [(part.name, part.make("00000007")) for part in (*full(), *quick())]
+ALL = [*DRAWN, ("warm_up", workloads.warm_up(2))]
 
 
-@pytest.mark.parametrize(("name", "workload"), DRAWN)
+@pytest.mark.parametrize(("name", "workload"), ALL)
 def test_nodes_stand_behind_those_that_they_use(name: str, workload: Workload) -> None:
     for app in workload.apps:
         known: set[str] = set()
@@ -41,7 +42,7 @@ def test_a_workload_is_drawn_alike_each_time_and_its_mark_changes_nothing_else(n
     assert marked.replace(b"00000008", b"00000007") == msgspec.json.encode(workload)
 
 
-@pytest.mark.parametrize(("name", "workload"), DRAWN)
+@pytest.mark.parametrize(("name", "workload"), ALL)
 def test_the_gateway_understands_what_is_handed_over(name: str, workload: Workload) -> None:
     for app in workload.apps[:3]:
         workflow = msgspec.convert(submitting.workflow_of(app, TARGET), Workflow)
