@@ -49,6 +49,7 @@ class BatchRecord(msgspec.Struct, frozen=True):
 
     ``total`` is 0 until the rows are read. ``ended_at`` is when it came to its last state. ``owner`` is the gateway
     that sees to it, as long as ``leased_until``; where the run is alive, that is the one which has the run.
+    ``idempotency`` is the caller's own key of the submission, unique within the tenant.
     """
 
     id: str
@@ -74,3 +75,4 @@ class BatchRecord(msgspec.Struct, frozen=True):
     ended_at: float | None = None
     owner: str = ""
     leased_until: float = 0.0
+    idempotency: str | None = None

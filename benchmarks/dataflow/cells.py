@@ -62,8 +62,8 @@ async def measured(part: Part, arm: Arm, rtt_ms: int, mark: str, stable: Stable,
 
 @dataclass
 class Run:
-    """What is measured, and what has been seen: by place, a cell for each round (None: it failed). ``is_cold``:
-    without the warm-up, so that a gateway learns of its workers from what is measured."""
+    """What is measured, and what has been seen: by place, a cell for each round (None: it failed, or is no part of
+    that round). ``is_cold``: without the warm-up, so that a gateway learns of its workers from what is measured."""
 
     parts: Sequence[Part]
     store: Path | None = None
@@ -87,9 +87,12 @@ class Run:
         kept, code = _kept(self.store), _fingerprint()
         for number in range(rounds):
             for part, rtt_ms, arm in places(parts, number):
+                cells = self.cells.setdefault((part.name, rtt_ms, arm.name), [])
+                if number < rounds - 1 and not part.is_repeated(rtt_ms, arm):
+                    cells.append(None)
+                    continue
                 key = _key(number, part.name, part.stand_for(arm), rtt_ms, arm, part.make(""), code)
                 told = f"round {number + 1} {part.name}, RTT {rtt_ms} ms, {arm.name}"
-                cells = self.cells.setdefault((part.name, rtt_ms, arm.name), [])
                 if key in kept:
                     cells.append(kept[key])
                     continue

@@ -17,18 +17,24 @@ LADDER = ("g1", "g2", "g3", "g4", "g5", "g6")
 @dataclass(frozen=True)
 class Part:
     """One workload on one kind of engine. ``make`` draws it, for a mark that begins its prompts; ``arms``: by how far
-    away the client is, in milliseconds of a round trip; ``few_slots``: those of an engine tuned for latency."""
+    away the client is, in milliseconds of a round trip; ``few_slots``: those of an engine tuned for latency;
+    ``repeated``: the arms of every round, the others being measured in the last one alone; None: all."""
 
     name: str
     make: Callable[[str], Workload]
     stand: Stand
     arms: Mapping[int, tuple[str, ...]]
     few_slots: int = 4
+    repeated: Mapping[int, tuple[str, ...]] | None = None
 
     @property
     def workload(self) -> str:
         """What it is chosen by: the name less the time that a call takes."""
         return self.name.partition("@")[0]
+
+    def is_repeated(self, rtt_ms: int, arm: Arm) -> bool:
+        """Whether the arm is measured in every round."""
+        return self.repeated is None or arm.name in self.repeated.get(rtt_ms, ())
 
     def stand_for(self, arm: Arm) -> Stand:
         """Return the engines that the arm has."""
@@ -46,7 +52,8 @@ def _chain(call_s: float, arms: Mapping[int, tuple[str, ...]]) -> Part:
     # So long that the one round trip of handing it over is less than 4 % of it.
     steps = {0.0: 64, 0.1: 64, 0.3: 24, 1.9: 8}[call_s]
     make = partial(workloads.chains, apps=1, steps=steps, words=40, tokens=8)
-    return Part(chain_name(call_s), make, Stand("fake", call_s=call_s), arms)
+    repeated = dict.fromkeys(arms, ("good", "forebay"))
+    return Part(chain_name(call_s), make, Stand("fake", call_s=call_s), arms, repeated=repeated)
 
 
 def full() -> tuple[Part, ...]:
@@ -63,12 +70,14 @@ def full() -> tuple[Part, ...]:
             partial(workloads.chains, apps=1, steps=16, words=60, tokens=24),
             llamacpp,
             {0: ("good", "good-gateway", "g1", "forebay")},
+            repeated={0: ("good", "forebay")},
         ),
         Part(
             "chains",
             partial(workloads.chains, apps=25, steps=5, words=60, tokens=16, spread_s=2.0),
             llamacpp,
             {0: ("good", "good-gateway", "good-labels", "langgraph", *LADDER, "forebay"), 20: far, 100: far},
+            repeated={0: ("good", "forebay")},
         ),
         Part(
             "map_reduce",
@@ -76,12 +85,14 @@ def full() -> tuple[Part, ...]:
             Stand("vllm", 1, 32),
             {0: ("sequential", "good-latency", "good", "good-gateway", "langgraph", *LADDER, "forebay")},
             few_slots=2,
+            repeated={0: ("good-latency", "good", "forebay")},
         ),
         Part(
             "shared_prefix",
             partial(workloads.shared_prefix, prefixes=6, users=6, prefix_words=860, words=20, tokens=16, per_s=0.8),
             pair,
             {0: ("good", "good-affinity", "good-gateway", "good-labels", *LADDER, "forebay")},
+            repeated={0: ("good", "good-affinity", "forebay")},
         ),
         Part(
             "multi_agent",
@@ -89,6 +100,7 @@ def full() -> tuple[Part, ...]:
             pair,
             {0: ("good-affinity", "good-labels", "langgraph", *LADDER, "forebay"),
              100: ("good-affinity", "langgraph", "forebay")},
+            repeated={0: ("good-affinity", "forebay"), 100: ("langgraph", "forebay")},
         ),
         Part(
             "mixed",
@@ -105,6 +117,7 @@ def full() -> tuple[Part, ...]:
             partial(workloads.loop_tools, apps=12, most=4, words=40, tokens=16, seconds=(0.1, 3.0), per_s=2.0),
             llamacpp,
             {0: ("good", "langgraph", "g1", "forebay"), 100: ("good", "langgraph", "forebay")},
+            repeated={0: ("good", "forebay")},
         ),
     )  # fmt: skip
 
@@ -150,5 +163,5 @@ def chosen(
         if part.workload in workloads and engine in {None, part.stand.kind}:
             near = {rtt: tuple(arms or own) for rtt, own in part.arms.items() if rtts is None or rtt in rtts}
             if near:
-                made.append(replace(part, arms=near))
+                made.append(replace(part, arms=near, repeated=None if arms else part.repeated))
     return tuple(made)

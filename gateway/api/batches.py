@@ -55,6 +55,7 @@ class _Batches:
             endpoint,
             metadata=new.metadata or {},
             end_user=request.headers.get("x-forebay-end-user"),
+            idempotency=request.headers.get("idempotency-key"),
         )
         return _json(_shown(record))
 

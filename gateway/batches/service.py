@@ -106,10 +106,13 @@ class BatchService:
         *,
         metadata: dict[str, str],
         end_user: str | None = None,
+        idempotency: str | None = None,
     ) -> BatchRecord:
-        """Accept a batch, and return once it is durable. Its rows are read later.
+        """Accept a batch, and return once it is durable; the same again for a key that was used before. Its rows are
+        read later.
 
-        Raises ``UnknownId`` for a file that the tenant does not have, ``EndpointNotAllowed``, ``ConnectionLimit``.
+        Raises ``UnknownId`` for a file that the tenant does not have, ``EndpointNotAllowed``, ``ConnectionLimit``, and
+        ``Conflict`` for a key that was used for another batch.
         """
         principal.check_endpoint(endpoint)
         with database():
@@ -123,8 +126,13 @@ class BatchService:
                 id=f"batch_{secrets.token_hex(16)}", tenant=principal.tenant, key=principal.key.id,
                 input_file=input_file, endpoint=endpoint.value, created_at=now, expires_at=now + WINDOW_S,
                 end_user=end_user or file.end_user, metadata=metadata, owner=self._owner, leased_until=now + LEASE_S,
+                idempotency=idempotency,
             )  # fmt: skip
-            await self._store.accept(record)
+            accepted = await self._store.accept(record)
+        if accepted is not record:
+            if _asked(accepted) != _asked(record):
+                raise Conflict("this Idempotency-Key was used for another batch")
+            return self._counted(accepted)
         if record.id not in self._drivers:
             self._drive(record)
         return record
@@ -166,3 +174,8 @@ class BatchService:
         if (driver := self._drivers.get(batch)) is not None:
             driver.wake()
         return self._counted(changed)
+
+
+def _asked(record: BatchRecord) -> tuple[object, ...]:
+    """Return what a batch was submitted with."""
+    return record.input_file, record.endpoint, record.metadata

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, RowMapping, Select, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, Select, and_, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.batches import OPEN, BatchRecord, BatchRow, BatchState, RowError
@@ -32,14 +32,18 @@ class Batches:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def accept(self, record: BatchRecord) -> None:
-        """Keep a new batch."""
+    async def accept(self, record: BatchRecord) -> BatchRecord:
+        """Keep a new batch and return it; or the one that the tenant has submitted under the same idempotency key."""
+        mine = and_(batches.c.tenant == record.tenant, batches.c.idempotency == record.idempotency)
         columns = _plain(msgspec.structs.asdict(record))
 
-        async def work(connection: AsyncConnection) -> None:
-            await connection.execute(insert(batches).values(columns))
+        async def work(connection: AsyncConnection) -> BatchRecord:
+            add = self._database.insert(batches).values(columns).on_conflict_do_nothing()
+            if (await connection.execute(add)).rowcount:
+                return record
+            return _record((await connection.execute(select(*_COLUMNS).where(mine))).mappings().one())
 
-        await self._database.write(work)
+        return await self._database.write(work)
 
     async def num_open(self, tenant: str) -> int:
         """Return how many batches of a tenant have not ended."""

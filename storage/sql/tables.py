@@ -235,7 +235,9 @@ batches = Table(
     Column("owner", Line, nullable=False),
     Column("leased_until", Double, nullable=False),
     Column("rows", LargeBinary),
+    Column("idempotency", Line),
     Index("ix_batches_tenant", "tenant", "created_at"),
+    Index("uq_batches_idempotency", "tenant", "idempotency", unique=True),
     Index("ix_batches_state", "state", "ended_at"),
 )
 """Batches of requests. ``rows``: what the results have to know of each, as JSON, by the call that it is in the run.

@@ -104,6 +104,16 @@ async def test_old_files_are_forgotten_with_their_pieces(files: Files) -> None:
     assert await files.part("file-1", 0) is None
 
 
+async def test_a_batch_is_accepted_once_under_a_key_of_its_tenant(batches: Batches) -> None:
+    first = _batch(1, idempotency="once")
+    assert await batches.accept(first) == first
+    assert await batches.accept(_batch(2, idempotency="once")) == first
+    of_another = _batch(3, idempotency="once", tenant=TenantId("other"))
+    assert await batches.accept(of_another) == of_another
+    assert [await batches.accept(_batch(number)) for number in (4, 5)] == [_batch(4), _batch(5)]
+    assert await batches.batch("batch_2") is None
+
+
 async def test_a_batch_comes_back_as_it_went_in(batches: Batches) -> None:
     batch = _batch(1, end_user=ANN, metadata={"é": "\u3042\0"}, errors=(RowError("c", "m", 3, "p"), RowError("d", "n")))
     await batches.accept(batch)

@@ -229,6 +229,19 @@ async def test_a_batch_whose_file_is_deleted_goes_on(client: Client) -> None:
     await client.until(batch.id, "completed")
 
 
+async def test_a_batch_that_is_submitted_again_under_its_key_is_the_same_one(client: Client) -> None:
+    first = await client.submit(row("a"), extra_headers={"idempotency-key": "once"})
+    again: dict[str, Any] = {"input_file_id": first.input_file_id, "endpoint": CHAT, "completion_window": "24h"}
+    headers = {"idempotency-key": "once"}
+
+    assert (await client.openai.batches.create(**again, extra_headers=headers)).id == first.id
+    ended = await client.until(first.id, "completed")
+    assert (await client.openai.batches.create(**again, extra_headers=headers)).status == ended.status
+    assert (await client.openai.batches.create(**again)).id != first.id
+    with pytest.raises(openai.ConflictError, match="used for another batch"):
+        await client.openai.batches.create(**again, metadata={"team": "red"}, extra_headers=headers)
+
+
 async def test_what_is_asked_wrongly_is_told(client: Client, front: GatewayProcess) -> None:
     file = await client.openai.files.create(file=("rows.jsonl", b"{}"), purpose="batch")
     good = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"}

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.dataflow import cells, chaos
 from benchmarks.dataflow.cells import Run
+from benchmarks.dataflow.engines import Stable
 from benchmarks.dataflow.plans import chosen, full
 from benchmarks.dataflow.seen import Done, Said, Seen
 from benchmarks.dataflow.verdicts import bound, judged, table
@@ -173,6 +174,22 @@ def test_cells_come_back_from_the_store_as_they_were(tmp_path: Path) -> None:
 
     assert cells._kept(store) == {"k": one}
     assert cells._kept(None) == {}
+
+
+async def test_arms_that_are_not_repeated_are_measured_in_the_last_round_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def measured(*place: object, is_cold: bool) -> Seen:
+        return seen(1.0)
+
+    monkeypatch.setattr(cells, "measured", measured)
+    (part,) = chosen(full(), {"loop_tools"}, rtts={0})
+    run = Run([part])
+
+    async with Stable(None) as stable:
+        await run.measure([part], 2, stable)
+
+    have = {arm: [cell is not None for cell in found] for (_, _, arm), found in run.cells.items()}
+    once, twice = [False, True], [True, True]
+    assert have == {"good": twice, "langgraph": once, "g1": once, "forebay": twice}
 
 
 def test_rounds_go_forward_and_backward_and_arms_that_share_a_vllm_follow_each_other() -> None:
