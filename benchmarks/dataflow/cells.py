@@ -36,7 +36,7 @@ async def played(arm: Arm, workload: Workload, target: Target) -> Seen:
     if arm.client == "forebay":
         return await submitting.play(workload, target)
     if arm.client == "langgraph":
-        return await rival.play(workload, target)
+        return await rival.play(workload, target, arm.placing)
 
     def labels(app: App) -> dict[str, object]:
         return {"forebay": {"session": app.session, "program": app.name, "run": app.name}} if arm.has_labels else {}

@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypedDict
 
 from langchain_openai import ChatOpenAI
@@ -18,17 +18,16 @@ from pydantic import SecretStr
 
 Json = dict[str, Any]
 Step = Callable[[Json], Awaitable[Json]]
+Chats = Iterator[ChatOpenAI]
 RECURSION_LIMIT = 10_000
 
 
-def chat_of(order: Json, app: Json, clients: dict[str, ChatOpenAI]) -> ChatOpenAI:
-    """Return the model at the application's address; applications of one address share its connections."""
-    if app["url"] not in clients:
-        clients[app["url"]] = ChatOpenAI(
-            model=order["model"], base_url=app["url"] + "/v1", api_key=SecretStr(order["key"] or "none"), temperature=0,
-            max_retries=2,
-        )  # fmt: skip
-    return clients[app["url"]]
+def chat_of(order: Json, url: str) -> ChatOpenAI:
+    """Return the model at an address."""
+    return ChatOpenAI(
+        model=order["model"], base_url=url + "/v1", api_key=SecretStr(order["key"] or "none"), temperature=0,
+        max_retries=2,
+    )  # fmt: skip
 
 
 def rendered(prompt: list[Any], state: Json) -> str:
@@ -36,14 +35,14 @@ def rendered(prompt: list[Any], state: Json) -> str:
     return "".join(piece if isinstance(piece, str) else state[piece["name"]] for piece in prompt)
 
 
-def asks(node: Json, chat: ChatOpenAI) -> Step:
-    """Return the step of one call."""
+def asks(node: Json, chats: Chats) -> Step:
+    """Return the step of one call, which goes to the next of the chats."""
     body = {"max_tokens": node["tokens"], "ignore_eos": True}
 
     async def step(state: Json) -> Json:
         messages = [("system", node["system"])] if node["system"] else []
         messages.append(("human", rendered(node["prompt"], state)))
-        answer = await chat.ainvoke(messages, extra_body=body)
+        answer = await next(chats).ainvoke(messages, extra_body=body)
         return {node["name"]: answer.content}
 
     return step
@@ -69,7 +68,7 @@ def uses(tool: Json) -> Step:
     return step
 
 
-def graph_of(app: Json, chat: ChatOpenAI) -> Any:
+def graph_of(app: Json, chats: Chats) -> Any:
     """Return the application's graph, compiled. A loop is a circle with an edge that is taken while it goes on."""
     inner = [one for node in app["nodes"] for one in node.get("body", ())]
     loops = [node for node in app["nodes"] if node["type"] == "loop"]
@@ -79,9 +78,9 @@ def graph_of(app: Json, chat: ChatOpenAI) -> Any:
     builder = StateGraph(TypedDict("State", keys))  # type: ignore[operator]
     for node in app["nodes"]:
         if node["type"] == "loop":
-            _add_loop(builder, node, chat)
+            _add_loop(builder, node, chats)
         else:
-            builder.add_node("do_" + node["name"], asks(node, chat) if node["type"] == "ask" else uses(node))
+            builder.add_node("do_" + node["name"], asks(node, chats) if node["type"] == "ask" else uses(node))
         before = ["do_" + name for name in app["needs"][node["name"]]]
         entry = "begin_" + node["name"] if node["type"] == "loop" else "do_" + node["name"]
         builder.add_edge(START if not before else before[0] if len(before) == 1 else before, entry)
@@ -89,12 +88,12 @@ def graph_of(app: Json, chat: ChatOpenAI) -> Any:
     return builder.compile()
 
 
-def _add_loop(builder: Any, loop: Json, chat: ChatOpenAI) -> None:
+def _add_loop(builder: Any, loop: Json, chats: Chats) -> None:
     """Add a loop whose body is a line of nodes."""
     line = ["do_" + one["name"] for one in loop["body"]]
     builder.add_node("begin_" + loop["name"], copies(loop["begins"], loop["state"]))
     for name, one in zip(line, loop["body"], strict=True):
-        builder.add_node(name, asks(one, chat) if one["type"] == "ask" else uses(one))
+        builder.add_node(name, asks(one, chats) if one["type"] == "ask" else uses(one))
     builder.add_node("again_" + loop["name"], copies(loop["next"], loop["state"]))
     builder.add_node("do_" + loop["name"], copies(loop["next"], loop["name"]))
     builder.add_edge("begin_" + loop["name"], line[0])
@@ -111,8 +110,9 @@ def _add_loop(builder: Any, loop: Json, chat: ChatOpenAI) -> None:
 
 async def carry(order: Json) -> list[Json]:
     """Carry out all applications, each from its time on."""
-    clients: dict[str, ChatOpenAI] = {}
-    graphs = [graph_of(app, chat_of(order, app, clients)) for app in order["apps"]]
+    clients = {url: chat_of(order, url) for app in order["apps"] for url in app["urls"]}
+    turns = {tuple(app["urls"]): itertools.cycle([clients[url] for url in app["urls"]]) for app in order["apps"]}
+    graphs = [graph_of(app, turns[tuple(app["urls"])]) for app in order["apps"]]
     for chat in clients.values():  # connections are open and code is warm, as in a service that has run for a while
         await chat.ainvoke("Say hello.", extra_body={"max_tokens": 4})
         await asyncio.gather(*(chat.root_async_client.models.list() for _ in range(order["width"])))

@@ -98,9 +98,9 @@ def full() -> tuple[Part, ...]:
             "multi_agent",
             partial(workloads.multi_agent, apps=6, coders=4, rounds=3, words=120, tokens=20, per_s=0.5),
             pair,
-            {0: ("good-affinity", "good-labels", "langgraph", *LADDER, "forebay"),
-             100: ("good-affinity", "langgraph", "forebay")},
-            repeated={0: ("good-affinity", "forebay"), 100: ("langgraph", "forebay")},
+            {0: ("good", "good-affinity", "good-labels", "langgraph", "langgraph-affinity", *LADDER, "forebay"),
+             100: ("good-affinity", "langgraph", "langgraph-affinity", "forebay")},
+            repeated={0: ("good-affinity", "forebay"), 100: ("langgraph", "langgraph-affinity", "forebay")},
         ),
         Part(
             "mixed",

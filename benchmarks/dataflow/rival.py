@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.dataflow.clients import Target, width_of
+from benchmarks.dataflow.clients import Placing, Target, width_of
 from benchmarks.dataflow.seen import Done, Seen, digest
 from benchmarks.dataflow.workloads import App, Workload, needs
 from benchmarks.loopback.processes import Failed
@@ -24,22 +24,24 @@ REQUIREMENTS = ("langgraph==1.2.22", "langchain-openai==1.7.3", "langchain-core=
 _SCRIPT = Path(__file__).with_name("langgraph_client.py")
 
 
-def order_of(workload: Workload, target: Target) -> dict[str, Any]:
-    """Return what the other process is told: the graphs with their edges, and where each application's calls go."""
+def order_of(workload: Workload, target: Target, placing: Placing) -> dict[str, Any]:
+    """Return what the other process is told: the graphs with their edges, and where each application's calls go: in
+    turn, where there are several addresses."""
     return {
         "model": target.model, "key": target.key, "width": width_of(workload),
-        "apps": [_app(app, target) for app in workload.apps],
+        "apps": [_app(app, target, placing) for app in workload.apps],
     }  # fmt: skip
 
 
-def _app(app: App, target: Target) -> dict[str, Any]:
-    url = target.urls[zlib.crc32(app.session.encode()) % len(target.urls)]
+def _app(app: App, target: Target, placing: Placing) -> dict[str, Any]:
+    own = target.urls[zlib.crc32(app.session.encode()) % len(target.urls)]
+    urls = (own,) if placing == "affinity" else target.urls
     edges = {node.name: needs(node) for node in app.nodes}
     inner = {one.name: needs(one) for node in app.nodes for one in getattr(node, "body", ())}
-    return {**msgspec.to_builtins(app), "url": url, "needs": edges | inner}
+    return {**msgspec.to_builtins(app), "urls": urls, "needs": edges | inner}
 
 
-async def play(workload: Workload, target: Target) -> Seen:
+async def play(workload: Workload, target: Target, placing: Placing) -> Seen:
     """Have LangGraph carry all applications out, each from its time on. Raises `Failed` if its process does not,
     and `Missing` if its environment cannot be made."""
     python = await asyncio.to_thread(environment, "langgraph", REQUIREMENTS)
@@ -47,7 +49,7 @@ async def play(workload: Workload, target: Target) -> Seen:
         python / "python", str(_SCRIPT), stdin=PIPE, stdout=PIPE, stderr=PIPE
     )
     try:
-        told, wrong = await process.communicate(json.dumps(order_of(workload, target)).encode())
+        told, wrong = await process.communicate(json.dumps(order_of(workload, target, placing)).encode())
     except asyncio.CancelledError:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

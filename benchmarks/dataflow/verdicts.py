@@ -117,8 +117,10 @@ def judged(run: Run) -> Verdicts:
               ratio(run, "shared_prefix", (0, "good-affinity"), (0, OURS), computed))  # fmt: skip
     told.at_least("multi_agent", 1.3, "the good client with affinity, RTT 0",
                   ratio(run, "multi_agent", (0, "good-affinity"), (0, OURS)))  # fmt: skip
-    told.at_least("multi_agent_langgraph", 2.0, "LangGraph, RTT 100",
+    told.at_least("multi_agent_langgraph", 2.0, "LangGraph, engines in turn, RTT 100",
                   ratio(run, "multi_agent", (100, "langgraph"), (100, OURS)))  # fmt: skip
+    told.tell("multi_agent against LangGraph with affinity, RTT 100, nothing promised",
+              ratio(run, "multi_agent", (100, "langgraph-affinity"), (100, OURS)))  # fmt: skip
     _mixed(run, told)
     for part in dict.fromkeys(part for part, _, _ in run.cells):
         _shares(run, told, part)

@@ -135,15 +135,16 @@ def test_a_loop_is_handed_over_with_a_bound_and_its_tool_is_the_clients() -> Non
     assert loop["calls"][1]["server"] == {"type": "client", "tool": "try"}
 
 
-def test_applications_of_one_session_go_to_one_engine_of_langgraph() -> None:
+def test_applications_of_one_session_go_to_one_engine_of_langgraph_with_affinity_or_to_all_in_turn() -> None:
     workload = workloads.shared_prefix("x", prefixes=4, users=4, prefix_words=4, words=4, tokens=4, per_s=1.0)
 
-    order = rival.order_of(workload, TARGET)
+    order = rival.order_of(workload, TARGET, "affinity")
 
     chosen_for: dict[str, set[str]] = {}
     for app in order["apps"]:
-        chosen_for.setdefault(app["session"], set()).add(app["url"])
+        chosen_for.setdefault(app["session"], set()).update(app["urls"])
     assert all(len(urls) == 1 for urls in chosen_for.values())
+    assert all(app["urls"] == TARGET.urls for app in rival.order_of(workload, TARGET, "round_robin")["apps"])
     assert order["apps"][0]["needs"] == {"q": ("q",)[:0], "r": ("q",)}
 
 
