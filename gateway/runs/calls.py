@@ -1,7 +1,8 @@
 """Calls that the gateway makes itself, on behalf of a tenant: the same path as a client's, without HTTP.
 
 They are read, limited, scheduled, metered, traced and booked as if the tenant's client had sent them. A limit that will
-have room again is waited for: a run of a thousand calls is not to fail because it is of a thousand calls.
+have room again is waited for, and so is a worker: a run of a thousand calls is not to fail because it is of a thousand
+calls.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import msgspec
 
 from core.chat import Call, Endpoint, Usage
 from core.clock import Clock
-from core.errors import BudgetExceeded, ForebayError, RateLimited, Unavailable, UpstreamBroken
+from core.errors import BudgetExceeded, ForebayError, QueueTimeout, RateLimited, Unavailable, UpstreamBroken
 from core.ids import TenantId, new_request_id
 from core.records import CLIENT_LEFT
 from engines.drivers.sse import data_of, split
@@ -84,8 +85,11 @@ class Caller:
         what was used, with its cost in picodollars, also where the call failed or was cancelled.
 
         A tenant's calls have as many places as its clients have streams; who comes later waits. Waits while a limit or
-        a queue has no room. Raises ``ForebayError``; when it is cancelled, the engine is told to stop at once.
+        a queue has no room, and longer for a worker than ``timeouts.queue`` unless the call says that itself. Raises
+        ``ForebayError``; when it is cancelled, the engine is told to stop at once.
         """
+        began = self._clock.monotonic()
+        first = call
         most = self._live.settings.server.max_tenant_streams
         room = self._rooms.setdefault(principal.tenant, asyncio.Semaphore(most))
         while True:
@@ -102,9 +106,13 @@ class Caller:
                 if not error.retryable or error.specific_code == "request_exceeds_limit":
                     raise
                 wait_s = min(error.retry_after or _USUAL_WAIT_S, _LONGEST_WAIT_S)
+            except QueueTimeout:
+                if call.has_own_timeouts:
+                    raise
+                wait_s = 0.0  # it has waited, and goes on with that
             with self._waiting():
                 await asyncio.sleep(wait_s)
-            call = msgspec.structs.replace(call, id=new_request_id())
+            call = _later(first, self._clock.monotonic() - began)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -216,3 +224,15 @@ def _text_of(frame: bytes) -> str:
     except msgspec.MsgspecError as error:
         raise UpstreamBroken(f"the engine sent what is no event: {error}", status=502) from None
     return "".join(choice.text or choice.delta.content or "" for choice in choices if choice.index == 0)
+
+
+def _later(call: Call, passed: float) -> Call:
+    """Return the call as another request, so many seconds later: its run is older, and its deadline nearer."""
+    context = call.context
+    role, deadline_s = context.role, context.deadline_s
+    if role is not None:
+        role = msgspec.structs.replace(role, age_s=role.age_s + passed)
+    if deadline_s is not None:
+        deadline_s = max(0.0, deadline_s - passed)
+    context = msgspec.structs.replace(context, role=role, deadline_s=deadline_s)
+    return msgspec.structs.replace(call, id=new_request_id(), context=context)

@@ -110,6 +110,23 @@ async def test_a_map_and_what_comes_of_it(client: Client) -> None:
     assert len(await client.value(run["id"], "m")) == 20
 
 
+async def test_calls_of_a_run_wait_for_a_worker_longer_than_a_clients_unless_they_say_how_long() -> None:
+    async with FakeEngine(model="fake", ttft_ms=300) as slow:
+        worker = attached(slow.url, max_inflight=1)
+        async with GatewayProcess({"fake": worker}, timeouts={"queue": 0.2}) as gateway:
+            client = Client(gateway)
+            chunks = {"chunks": {"value": ["a", "b", "c", "d"]}}
+            run = await client.submit(llm("m", "{{item}}", foreach="{{chunks}}"), variables=chunks)
+            assert len(await client.value(run["id"], "m")) == 4
+
+            hurried = llm("m", "{{item}}", foreach="{{chunks}}")
+            hurried["request"]["forebay"] = {"timeouts": {"queue": 0.1}}
+            run = await client.submit(hurried, variables=chunks)
+            told = await client.ask("GET", f"/v1/variables/{run['id']}.m?wait=30")
+            assert told["error"]["code"] == "queue_timeout", told
+            await client.http.aclose()
+
+
 async def test_a_run_is_followed_from_its_beginning_and_from_any_event_on(client: Client) -> None:
     run = await client.submit(llm("a", "Say one."), llm("b", "After {{a}}"))
     events = await client.events(f"/v1/workflows/{run['id']}/events")
