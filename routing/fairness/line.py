@@ -149,9 +149,10 @@ class Line:
 
     def follow(self, request: Request) -> None:
         """The request has its turn and lets another go before it, until it is pushed as returned."""
-        if request.place is Place.TURN:
-            self.turns.served(request.account, request.rank)
+        has_turn = request.place is Place.TURN
         self.remove(request)
+        if has_turn:
+            self.turns.served(request.account, request.rank)
         self._enter(request, Place.FOLLOWING)
         self._following[request.id] = request
 

@@ -197,7 +197,8 @@ class Programs(Generic[Call]):
         if program is None:
             program = self._known[name] = Program()
         elif not program.num_open:
-            program.service = int(program.service * 0.5 ** ((now - program.idle_since) / HALF_LIFE_S))
+            idle_s = max(0.0, now - program.idle_since)  # a call may have come elsewhere before then
+            program.service = int(program.service * 0.5 ** (idle_s / HALF_LIFE_S))
         self._idle.pop(name, None)
         program.num_open += 1
         self._forget_idle()

@@ -34,7 +34,9 @@ def program_of(request: Request) -> Program:
 def is_worth_keeping(model: Model, request: Request, now: float) -> bool:
     """Return whether the slot of a request that has ended is to be kept for the next one of its run."""
     role = request.role
-    if role is None or not role.is_followed or not model.line.fairness.run_order or model.line.num_had_turn:
+    if role is None or not role.is_followed or request.account.programs.is_flat:
+        return False
+    if not model.line.fairness.run_order or model.line.num_had_turn:
         return False
     head = model.line.first_in_turn(now)
     if head is None or head.role is None or (head.account, head.rank) != (request.account, request.rank):

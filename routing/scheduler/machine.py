@@ -152,6 +152,7 @@ class Scheduler:
 
     def _on_submit(self, event: Submit) -> list[Effect]:
         model = self._books.model(event.models[0])
+        model.line.come_forward()  # a newcomer is measured by all who wait
         account = model.line.account(event.tenant, event.weight)
         request = Request(event, account, next(self._arrivals))
         self._books.requests[request.id] = request
@@ -184,6 +185,7 @@ class Scheduler:
             return []
         leg.begin(now)
         model = self._books.models[leg.request.model]
+        expect_again(model.line, leg)
         return self._decide(model, now) if has_led(leg, model.line, now) else []
 
     def _on_stalled(self, event: Stalled) -> list[Effect]:
@@ -207,8 +209,6 @@ class Scheduler:
                 earn_prompt(self._books.models[request.model].line, request, request.charged or 0)
         if event.prefilled is not None:
             settle_prompt(self._books.models[request.model].line, leg, event.prefilled)
-        else:
-            expect_again(self._books.models[request.model].line, leg)
         return effects
 
     def _on_leg_ended(self, event: LegEnded) -> list[Effect]:

@@ -69,6 +69,7 @@ def pay_again(line: Line, leg: Leg, tokens: int) -> None:
 
 def owe(line: Line, request: Request, tokens: int) -> None:
     """So many tokens will probably be computed again, because of a cut: the budget for waste is held to that."""
+    release_owed(line, request)
     request.owed = tokens
     line.waste.held += tokens
 

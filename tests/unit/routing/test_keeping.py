@@ -49,3 +49,11 @@ def test_nothing_is_kept_after_the_last_call_or_from_older_runs_other_classes_ot
 def test_nothing_is_kept_where_the_order_of_runs_is_switched_off_or_the_call_failed() -> None:
     assert starts(begun(fairness=Fairness(run_order=False)).end("old0/0")) == [("young", "m-0")]
     assert starts(begun().end("old0/0", "refused")) == [("young", "m-0")]
+
+
+def test_nothing_is_kept_where_all_come_first_come_first_served() -> None:
+    world = World(view("m-0", slots=1), fairness=Fairness(policy="fcfs"))
+    world.submit("old0", program="old", role=Role(0.0, 2.0, is_followed=True))
+    world.submit("next", program="next", role=Role(0.0, 60.0, run_s=60.0))
+
+    assert starts(world.end("old0/0")) == [("next", "m-0")]

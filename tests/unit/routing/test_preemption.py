@@ -186,6 +186,19 @@ def test_going_on_is_not_charged_to_the_tenant_but_to_the_budget() -> None:
     assert (values.wasted_tokens, values.lost_tokens) == (50, 0)
 
 
+def test_an_answer_that_is_whole_and_cut_twice_leaves_nothing_held_in_the_budget() -> None:
+    world = hogged()
+    for time, light in enumerate(("first", "second")):
+        world.submit(light, light, prompt=5)
+        world.let_go()
+        world.end(f"{light}/0")
+        world.tokens(f"hog0/{time + 1}", 40)  # its engine tells of no first token
+        world.advance(1.0)
+    world.end("hog0/2")
+
+    assert world.scheduler._books.models[ModelName("m")].line.waste.held == 0
+
+
 def test_an_engine_that_tells_late_is_paid_for_as_expected_and_then_for_what_it_did() -> None:
     world = hogged()
     world.submit("light", "light", prompt=5)

@@ -100,6 +100,14 @@ def test_what_a_program_has_had_is_forgotten_while_it_does_nothing() -> None:
     assert tenant.order() == ["long1", "short2"]
 
 
+def test_a_call_that_came_elsewhere_before_a_program_was_idle_here_adds_nothing_to_what_it_has_had() -> None:
+    tenant = Tenant()
+    tenant.served("long", 1000, at=190.0)
+    tenant.programs.open("long", 100.0)
+
+    assert tenant.programs._known["long"].service == 1000
+
+
 def test_all_programs_are_equal_before_the_ladder_is_calibrated() -> None:
     ladder = Ladder()
     for _ in range(Ladder.SKIPPED - 1):

@@ -202,6 +202,7 @@ def quiet(world: World) -> None:
         assert not model.unread
         assert model.num_held == 0
         assert (model.line.num_leaving, model.line.num_claiming) == (0, 0)
+        assert model.line.waste.held == 0
         for account in model.line.accounts.values():
             assert (account.num_waiting, account.num_running) == (0, 0)
             assert not account.is_backlogged
