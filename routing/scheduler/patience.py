@@ -2,7 +2,8 @@
 
 ``placing.py`` weighs what caches hold of a prompt among the workers that have room. Where the one that holds most of it
 is full, the call would have all of it computed on another, for a slot that may come free in less time than that takes;
-and while it waits, others have that other worker. (Parrot's ``FindEngine``, section 5.4, looks at engines as they are.)
+and while it waits, others have that other worker. It waits no longer than it could have gained in all: legs may run
+longer than is usual. (Parrot's ``FindEngine``, section 5.4, looks at engines as they are.)
 """
 
 from routing.scheduler.state import Leg, Model, Request, WorkerState, usual_answer
@@ -10,26 +11,29 @@ from routing.scheduler.state import Leg, Model, Request, WorkerState, usual_answ
 _WORTH = 256  # tokens: less is computed sooner than thought about
 
 
-def is_sooner_elsewhere(model: Model, request: Request, chosen: WorkerState, now: float) -> bool:
-    """Return whether the request, which has never run, had better wait for another worker than start on the chosen one.
-    Costs O(workers), and O(legs) of those that hold much more of its prompt."""
+def waits_until(model: Model, request: Request, chosen: WorkerState, now: float) -> float | None:
+    """Return until when the request, which has never run, had better wait for another worker than start on the chosen
+    one; None if it had not. Costs O(workers), and O(legs) of those that hold much more of its prompt."""
     if not request.prefixes or not model.line.fairness.affinity:
-        return False
+        return None
     saved = chosen.warmth.saved(request.prefixes)
     if request.context - saved < _WORTH or (here_s := chosen.pace.prefill(request.context - saved)) is None:
-        return False
+        return None
+    until = (now if request.patient_since is None else request.patient_since) + here_s
+    if until <= now:
+        return None
     for other in model.workers:
         there = other.warmth.saved(request.prefixes) if other is not chosen and other.is_usable else 0
         if there - saved < _WORTH or not other.breaker.allows(now) or not other.view.is_healthy:
             continue
         wait_s = min((_remaining_s(leg, now) for leg in other.legs.values()), default=0.0)
         if wait_s + (other.pace.prefill(request.context - there) or 0.0) < here_s:
-            return True
-    return False
+            return until
+    return None
 
 
 def _remaining_s(leg: Leg, now: float) -> float:
-    """About how long the leg runs on, if its answer is as long as it may be."""
+    """About how long the leg runs on, if its answer is of the usual length."""
     pace = leg.worker.pace
     step_s = pace.step(leg.worker.num_running)
     if step_s is None:

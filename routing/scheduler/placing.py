@@ -9,7 +9,7 @@ from routing.placement import Candidate, choose
 from routing.scheduler.books import Books
 from routing.scheduler.focus import is_in_the_way, may_stand_back
 from routing.scheduler.pace import Pace
-from routing.scheduler.patience import is_sooner_elsewhere
+from routing.scheduler.patience import waits_until
 from routing.scheduler.state import Model, Request, WorkerState, usual_answer
 
 
@@ -32,7 +32,12 @@ def worker_for(books: Books, model: Model, request: Request, now: float) -> Work
     if not may_stand_back(model, request):
         return _best(books, model, request, able)
     chosen = _best(books, model, request, [one for one in able if not is_in_the_way(books, model, request, one)])
-    return None if chosen is None or is_sooner_elsewhere(model, request, chosen, now) else chosen
+    if chosen is None or (until := waits_until(model, request, chosen, now)) is None:
+        return chosen
+    if request.patient_since is None:
+        request.patient_since = now
+        books.wake(until, model.name)
+    return None
 
 
 def _best(books: Books, model: Model, request: Request, able: Sequence[WorkerState]) -> WorkerState | None:

@@ -31,7 +31,7 @@ class Request(Waiting):
     tokens in all. ``home``: the worker, and its incarnation, that ran it last and may hold its cache. ``target``: the
     worker that keeps a slot for it. ``cut_for``: why its last leg was cut; None if it failed. ``owed``: tokens that are
     held in the budget for waste until it goes on. ``pays_again``: that its tenant pays for it, since its reader kept an
-    engine waiting.
+    engine waiting. ``patient_since``: since when it waits for a better worker than there is.
     """
 
     __slots__ = (
@@ -53,6 +53,7 @@ class Request(Waiting):
         "num_cuts",
         "num_legs",
         "owed",
+        "patient_since",
         "pays_again",
         "prefixes",
         "prompt_tokens",
@@ -98,6 +99,7 @@ class Request(Waiting):
         self.cut_for: CutFor | None = None
         self.owed = 0
         self.pays_again = False
+        self.patient_since: float | None = None
         self.leg: Leg | None = None
         self.home: tuple[WorkerId, int] | None = None
         self.target: WorkerState | None = None

@@ -127,6 +127,15 @@ def test_it_does_not_where_that_would_take_longer_than_to_compute_it_again() -> 
     ]
 
 
+def test_it_waits_no_longer_than_it_could_have_gained_however_long_answers_are() -> None:
+    world = warm_world(tokens=1110 + 9000)
+    world.tokens("a/0", 8950)  # the rest looks like a usual answer
+    assert starts(world.submit("b", program="b", role=YOUNG, prefixes=(HEAD,), tokens=1110, prompt=1100)) == []
+    assert starts(world.advance(10.5)) == []
+
+    assert starts(world.advance(1.0)) == [("b", "m-1")]
+
+
 def warm_world(tokens: int = 1110) -> World:
     """The first worker, which is full, holds one beginning, and the second, which has room, holds nothing."""
     world = World(view("m-0"), view("m-1"))
