@@ -30,9 +30,6 @@ class VtcPc(Vtc):
         account.lift(virtual - allowance(account, virtual, self.fairness))
         account.virtual = virtual
 
-    def base(self) -> int:
+    def virtual_now(self) -> int:
         """Return virtual time, which never goes back: else credit would be given on top of another's credit."""
-        first = self._backlogged.first() or self._last_left
-        if first is not None:
-            self.virtual = max(self.virtual, first.counter)
-        return self.virtual
+        return max(self.virtual, super().virtual_now())

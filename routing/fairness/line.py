@@ -74,7 +74,7 @@ class Line:
         waiting = sorted(self._in_turn(), key=lambda request: request.number)
         for request in waiting:
             self.remove(request)
-        virtual = self.turns.virtual
+        virtual = self.turns.virtual_now()
         self._adopt(fairness)
         self.turns.virtual = virtual
         for account in self.accounts.values():
@@ -209,8 +209,7 @@ class Line:
         """Return whose turn it is by the policy alone."""
         if not self._num_in_turn:
             return None
-        rescued = self._rescue.first(now, self.turns.virtual)
-        if rescued is not None:
+        if self._rescue and (rescued := self._rescue.first(now, self.turns.virtual_now())) is not None:
             return rescued
         account = self.turns.first()
         return account.programs.first() if account is not None else None

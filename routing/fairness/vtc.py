@@ -25,6 +25,7 @@ class Vtc:
     def __init__(self, fairness: Fairness) -> None:
         self.fairness = fairness
         self.virtual = 0
+        """Virtual time when a tenant came last; see ``virtual_now``."""
         self._backlogged: Ordered[Account] = Ordered(self.key)
         self._last_left: Account | None = None
 
@@ -61,11 +62,14 @@ class Vtc:
         account.lift(self.base())
 
     def base(self) -> int:
-        """Return the counter that a returning tenant is measured by, which is virtual time."""
-        first = self._backlogged.first() or self._last_left
-        if first is not None:
-            self.virtual = first.counter
+        """Return the counter that a returning tenant is measured by, which is virtual time, and keep it."""
+        self.virtual = self.virtual_now()
         return self.virtual
+
+    def virtual_now(self) -> int:
+        """Return virtual time; looking changes nothing."""
+        first = self._backlogged.first() or self._last_left
+        return first.counter if first is not None else self.virtual
 
     def rebase(self, accounts: Iterable[Account]) -> None:
         """Subtract the same from all counters once they are large; orders nothing anew."""

@@ -49,7 +49,7 @@ class FairnessView(msgspec.Struct, frozen=True):
 def fairness_view(model: Model) -> FairnessView:
     """Return the model's live values. Costs O(tenants): it is for people."""
     line = model.line
-    fairness, virtual = line.fairness, line.turns.base()
+    fairness, virtual = line.fairness, line.turns.virtual_now()
     return FairnessView(
         model=model.name,
         policy=fairness.policy,

@@ -220,6 +220,18 @@ def test_a_target_that_would_be_missed_goes_first_unless_its_tenant_is_ahead() -
     assert line.line.first(1.0) is line.requests["b1"]
 
 
+@pytest.mark.parametrize("policy", ["vtc", "vtc-pc"])
+def test_targets_are_minded_however_much_all_have_had_since_a_tenant_last_came(policy: Policy) -> None:
+    line = Waiters(Fairness(policy=policy, targets=(2.0,), rescue_share=1.0, threshold=100))
+    line.push("c1", "a1", "a2", "b1", "b2")
+    line.serve()
+    line.charge("a", 5050)
+    line.charge("b", 5000)
+    assert line.line.first(0.9) is line.requests["b1"]
+
+    assert line.line.first(1.0) is line.requests["a1"]
+
+
 @pytest.mark.parametrize("policy", ["drr", "vtc", "vtc-pc"])
 def test_urgency_moves_no_tenant_before_another(policy: Policy) -> None:
     line = Waiters(Fairness(policy=policy))
