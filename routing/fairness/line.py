@@ -111,11 +111,15 @@ class Line:
         """A request has come; it starts or waits next."""
         self.turns.arrive(request.account, request.rank)
         self.turns.rebase(self.accounts.values())
-        request.account.programs.open(request.program, request.arrived_at)
+        self._open(request)
 
     def rejoin(self, request: Request) -> None:
         """A request is here that has come before, to another scheduler: its tenant had its lift then."""
-        request.account.programs.open(request.program, request.arrived_at)
+        self._open(request)
+
+    def _open(self, request: Request) -> None:
+        is_run = request.role is not None
+        request.account.programs.open(request.program, request.arrived_at, is_run=is_run)
 
     def depart(self, request: Request, service: int, now: float) -> None:
         """The request is over, served so much, in milli weighted tokens; it does not wait any more."""

@@ -76,12 +76,14 @@ class Ladder:
 
 
 class Program:
-    """What one program of a tenant has had. ``service``: milli weighted tokens, less what is forgotten."""
+    """What one program of a tenant has had. ``service``: milli weighted tokens, less what is forgotten; ``is_run``:
+    that one of its open calls is of a run."""
 
-    __slots__ = ("idle_since", "num_open", "service")
+    __slots__ = ("idle_since", "is_run", "num_open", "service")
 
     def __init__(self) -> None:
         self.service = 0
+        self.is_run = False
         self.num_open = 0
         self.idle_since = 0.0
 
@@ -124,6 +126,8 @@ class _Row(Generic[Call]):
 
     def stand_back(self, call: Call) -> bool:
         """Let the others of the row be first; return whether there are any, and few have done so."""
+        assert self.head is call
+        heapq.heappop(self._heap)
         self._aside.append((self._keys.pop(call.id), call.id))
         return self.has_head and len(self._aside) < LOOK_AHEAD
 
@@ -172,6 +176,8 @@ class Programs(Generic[Call]):
         self._ladder = ladder
         self.is_flat = is_flat
         self.knows_runs = knows_runs
+        self.num_runs = 0
+        """How many runs have calls that wait or run."""
         self._known: dict[str, Program] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()  # those with no call open, the longest idle first
         self._rows: dict[_Name, _Row[Call]] = {}
@@ -184,12 +190,7 @@ class Programs(Generic[Call]):
     def __iter__(self) -> Iterator[Call]:
         return (call for row in self._rows.values() for call in row.calls.values())
 
-    @property
-    def num_open(self) -> int:
-        """How many programs with a name have calls that wait or run."""
-        return len(self._known) - len(self._idle)
-
-    def open(self, name: str, now: float) -> None:
+    def open(self, name: str, now: float, *, is_run: bool = False) -> None:
         """A call of the program has come. Calls without a program's name are programs of their own."""
         if not name:
             return
@@ -201,6 +202,9 @@ class Programs(Generic[Call]):
             program.service = int(program.service * 0.5 ** (idle_s / HALF_LIFE_S))
         self._idle.pop(name, None)
         program.num_open += 1
+        if is_run and not program.is_run:
+            program.is_run = True
+            self.num_runs += 1
         self._forget_idle()
 
     def close(self, name: str, service: int, now: float) -> None:
@@ -214,6 +218,8 @@ class Programs(Generic[Call]):
             program.idle_since = now
             if not program.num_open:
                 self._idle[name] = None
+                self.num_runs -= program.is_run
+                program.is_run = False
 
     def push(self, request: Call, *, front: bool = False) -> None:
         """Add a request behind those of its program and class, or before them if it has run already."""

@@ -78,11 +78,11 @@ class Running(Generic[Leg]):
 
     def _rise(self, account: Account) -> None:
         self._push(account, self._entries[account][1])
-        if len(self._heap) > 2 * len(self._legs) + 16:
-            self._heap = list(self._entries.values())
-            heapq.heapify(self._heap)
 
     def _push(self, account: Account, number: int) -> None:
         account.ceiling = account.counter + STRIDE
         entry = self._entries[account] = (-account.ceiling, number, account)
         heapq.heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._entries) + 16:
+            self._heap = list(self._entries.values())
+            heapq.heapify(self._heap)

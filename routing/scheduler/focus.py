@@ -40,7 +40,8 @@ def is_in_the_way(books: Books, model: Model, request: Request, worker: WorkerSt
 def _pays(model: Model, request: Request, role: Role, worker: WorkerState) -> bool:
     """Whether one leg more makes the mean of all times shorter, or nothing is known of that. N is what all the tenant's
     runs have to do, calls that are not ready included, if they are all like this one."""
-    num = request.account.programs.num_open * role.run_calls / len(model.workers)
+    num_workers = sum(one.is_usable for one in model.workers)
+    num = request.account.programs.num_runs * role.run_calls / max(1, num_workers)
     fresh = max(0, request.context - worker.warmth.saved(request.prefixes))
     for known in (worker, *model.workers):  # of whom too little was seen, it is taken to be like another
         best = known.cost.best_legs(num, prompt=fresh, answer=usual_answer(request))

@@ -107,6 +107,15 @@ def test_where_runs_have_many_calls_before_them_more_of_them_go_side_by_side() -
         assert starts(world.submit("young", program="young", role=role, tokens=110, prompt=100)) == expected
 
 
+def test_workers_that_are_gone_do_none_of_what_runs_have_before_them() -> None:
+    cost, role = worked(0.01, 0.001), Role(1.0, 1.0, run_calls=3)  # of three calls one is best, of six two are
+    world = world_of(cost, "m-0", "m-1")
+    world.worker(view("m-1", ready=False))
+    world.submit("old", program="old", role=Role(10.0, 1.0), tokens=110, prompt=100)
+
+    assert starts(world.submit("young", program="young", role=role, tokens=110, prompt=100)) == [("young", "m-0")]
+
+
 HEAD, OTHER = Prefix(1, 1000), Prefix(2, 1000)
 
 

@@ -108,6 +108,19 @@ def test_a_call_that_came_elsewhere_before_a_program_was_idle_here_adds_nothing_
     assert tenant.programs._known["long"].service == 1000
 
 
+def test_programs_are_runs_while_a_call_of_theirs_is_of_one() -> None:
+    programs = Tenant().programs
+    programs.open("chat", 0.0)
+    programs.open("run", 0.0)
+    for _ in range(2):
+        programs.open("run", 0.0, is_run=True)
+    assert programs.num_runs == 1
+
+    for left in (1, 1, 0):
+        programs.close("run", 1, 1.0)
+        assert programs.num_runs == left
+
+
 def test_all_programs_are_equal_before_the_ladder_is_calibrated() -> None:
     ladder = Ladder()
     for _ in range(Ladder.SKIPPED - 1):

@@ -148,3 +148,15 @@ def test_the_order_does_not_grow_with_what_is_charged() -> None:
         one.charge(STRIDE)
 
     assert len(running._heap) < 50
+
+
+def test_tenants_that_come_and_go_leave_no_entries_behind() -> None:
+    running: Running[Leg] = Running()
+    stays = Account(TenantId("stays"), Ladder(), is_flat=False)
+    running.add(stays, LegId("stays/0"), Leg("stays"))
+    for number in range(200):
+        short = Account(TenantId(f"t{number}"), Ladder(), is_flat=False)
+        running.add(short, LegId(f"{number}/0"), Leg("short"))
+        running.remove(short, LegId(f"{number}/0"))
+
+    assert len(running._heap) <= 2 * len(running) + 20
