@@ -26,8 +26,8 @@ class Pool:
 
     def reserve(self, amount: Spent) -> bool:
         """Set so much aside; False if there is not so much left."""
-        if not self._allows(self.spent.plus(self.reserved).plus(amount)):
-            return False
+        if amount != Spent() and not self._allows(self.spent.plus(self.reserved).plus(amount)):
+            return False  # what uses nothing is always allowed
         self.reserved = self.reserved.plus(amount)
         return True
 
@@ -35,6 +35,16 @@ class Pool:
         """Give back what was set aside, and book what was really used."""
         self.reserved = self.reserved.plus(reserved, -1)
         self.spent = self.spent.plus(spent)
+
+    def told(self, amount: Spent) -> str:
+        """Return what is to be said of an amount that is more than is left."""
+        tokens = self._budget.tokens
+        if tokens is not None and self.spent.tokens + amount.tokens > tokens:
+            left = max(0, tokens - self.spent.tokens)
+            return f"it may use {amount.tokens} tokens, and the run's budget of {tokens} has {left} left"
+        cost = self._budget.cost or 0.0
+        left_over = max(0.0, cost - self.spent.cost)
+        return f"it may cost {amount.cost:g}, and the run's budget of {cost:g} has {left_over:g} left"
 
     def _allows(self, amount: Spent) -> bool:
         tokens, cost = self._budget.tokens, self._budget.cost

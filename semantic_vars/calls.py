@@ -4,6 +4,7 @@ Texts inside of ``request``, ``value``, ``arguments``, ``state``, ``inputs``, ``
 and ``result`` are templates; see ``template``.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -162,6 +163,25 @@ class Sub(Common, frozen=True, tag="workflow"):
 
 
 Call: TypeAlias = Llm | Embed | Transform | Tool | Branch | Loop | Race | Sub
+
+
+def within(call: Call) -> Iterator[Call]:
+    """Yield a call, and all that stand in its bodies."""
+    yield call
+    inner: tuple[Call, ...] = ()
+    match call:
+        case Branch(then=then, otherwise=otherwise):
+            inner = then.calls + (otherwise.calls if otherwise is not None else ())
+        case Loop():
+            inner = call.calls
+        case Race(of=of):
+            inner = tuple(one for body in of for one in body.calls)
+        case Sub(body=body):
+            inner = body.calls
+        case _:
+            pass
+    for one in inner:
+        yield from within(one)
 
 
 class Given(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -44,12 +44,12 @@ from semantic_vars.events import (
     Want,
     Work,
 )  # fmt: skip
-from semantic_vars.graph import USUAL, Block, Bounds, Node, Reader
+from semantic_vars.graph import USUAL, Block, Bounds, Node, Reader, unused_of
 from semantic_vars.inner import Contest, Elements, Inner, Iterations, Only
 from semantic_vars.instance import Instance, Phase, Scope, Variable
 from semantic_vars.objectives import Stage, deduce
 from semantic_vars.ports import Estimate
-from semantic_vars.prefixes import Segments, ready_part
+from semantic_vars.prefixes import Segments, messages_of, ready_part
 from semantic_vars.template import Template
 from semantic_vars.transforms import TransformError
 from semantic_vars.values import Value, size_of, text_of
@@ -59,6 +59,8 @@ _RESULT = calls.Transform(id="result", value=None)
 _WORST = (State.FAILED, State.CANCELLED, State.SKIPPED, State.DONE, State.PENDING)
 _FINE = _WORST.index(State.DONE)
 _LATE_S = 1.0  # what is there sooner is not worth to be prepared for
+_FEW = 16  # inputs of which are looked at each time; with more of them pending, the last is far away
+_UNUSABLE = (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, msgspec.MsgspecError)
 
 
 class Fact(msgspec.Struct, frozen=True):
@@ -172,6 +174,10 @@ class Executor:
         """How many calls have been started and have not answered."""
         return self._num_running + len(self._leaving)
 
+    @property
+    def _num_working(self) -> int:
+        return self._num_running - len(self._clients)  # what waits for the client takes nobody's place
+
     def criteria(self, variable: str) -> calls.Criteria | None:
         """Return how a variable of the run itself is wanted; None if nobody has asked for it."""
         return self._criteria.get(variable)
@@ -196,7 +202,7 @@ class Executor:
     def _conclude(self) -> None:
         if self._num_awaited:
             self._has_ended = False
-        elif not self._has_ended:
+        elif not self._has_ended and not self._leaving:  # what was aborted has yet to say what it has used
             self._has_ended = True
             wanted = {self._scope.variables[name].outcome.state for name in self._criteria}
             self._effects.append(Ended(next((state for state in _WORST if state in wanted), State.DONE)))
@@ -224,29 +230,29 @@ class Executor:
             raise Conflict(f"the call {double!r} is there already")
         for name, given in more.variables.items():
             self._give(name, given)
-        instances = [self._enter(self._scope, node, "") for node in nodes]
-        used = frozenset[str]().union(*(instance.node.uses for instance in instances))
-        wanted = more.outputs or tuple(node.call.variable for node in nodes if node.call.variable not in used)
+        for node in nodes:
+            self._enter(self._scope, node, "")
         self._standings = None
-        for name in wanted:
+        for name in more.outputs or unused_of(nodes):
             self._want(name, self._workflow.objective)
 
     def _give(self, name: str, given: calls.Given) -> None:
         variable = self._scope.variables[name] = Variable(name)
         if not given.open:
             variable.outcome = done(given.value)
-        elif (fact := self._facts.get(name)) is not None:
-            variable.outcome = fact.outcome
+        elif (fact := self._facts.get(name)) is not None and fact.key is None:
+            self._resolve(variable, fact.outcome)  # of a run before this one, perhaps: told and kept as this one's
+        elif self._is_late:
+            self._resolve(variable, Outcome(State.FAILED, failure=Failure("deadline", _TOO_LATE, name)))
         else:
             self._unset.add(name)
 
-    def _enter(self, scope: Scope, node: Node, prefix: str) -> Instance:
+    def _enter(self, scope: Scope, node: Node, prefix: str) -> None:
         path = prefix + node.call.id
         instance = Instance(path, prefix + node.call.variable, node, scope)
         scope.instances.append(instance)
         scope.variables[node.call.variable] = instance.output
         self._live[path] = instance
-        return instance
 
     def _variable(self, name: str) -> Variable:
         variable = self._scope.variables.get(name)
@@ -271,6 +277,9 @@ class Executor:
         while waiting:
             one = waiting.pop()
             if one.phase is not Phase.IDLE:
+                continue
+            if (fact := self._facts.get(one.output.path)) is not None and fact.outcome.state is State.CANCELLED:
+                self._todo.append(partial(self._stop, one, CANCELLED))  # also what it alone would need stays unmade
                 continue
             one.phase = Phase.WAITING
             is_lazy = isinstance(one.node.call, calls.Branch)  # which body it takes is not known yet
@@ -321,6 +330,8 @@ class Executor:
                 self._do(instance, node.call)
         except TransformError as error:
             self._fail(instance, "transform", str(error))
+        except _UNUSABLE as error:  # values may be anything, and a run that breaks its executor would never end
+            self._fail(instance, "unusable", f"what its inputs come to cannot be used: {str(error)[:200]}")
 
     def _open_map(self, instance: Instance, items: Value) -> None:
         if not isinstance(items, list):
@@ -370,23 +381,21 @@ class Executor:
     # From ready to ended
 
     def _start_ready(self) -> None:
-        while self._ready and self._num_running < self._parallel:
+        while self._ready and self._num_working < self._parallel:
             instance = self._ready[0]
             if instance.phase is not Phase.READY:
                 self._ready.popleft()
                 continue
             if self._is_late:
                 self._ready.popleft()
-                self._fail(instance, "deadline", "the run's deadline has passed")
+                self._fail(instance, "deadline", _TOO_LATE)
                 continue
             most = self._estimate.most(instance.work)
             if not self._pool.reserve(most):
-                if self.num_running:
+                if self._num_working or self._leaving:
                     return  # what it has set aside may not be used
                 self._ready.popleft()
-                self._fail(
-                    instance, "budget_exhausted", f"{most.tokens} tokens are more than the run's budget has left"
-                )
+                self._fail(instance, "budget_exhausted", self._pool.told(most))
                 continue
             self._ready.popleft()
             self._start(instance, most)
@@ -410,7 +419,7 @@ class Executor:
         """Have the beginning of a call's prompt computed while the last of its inputs are made. Once for a call."""
         node = instance.node
         is_able = instance.phase is Phase.WAITING and isinstance(node.call, calls.Llm) and node.each is None
-        if not is_able or instance.has_prefilled or not instance.unmet:
+        if not is_able or instance.has_prefilled or not 0 < instance.unmet <= _FEW:
             return
         pending = [one for name in node.inputs if (one := instance.scope.find(name)).is_pending]
         producers = [one.producer for one in pending if one.producer is not None]
@@ -676,6 +685,7 @@ def _badness(outcome: Outcome) -> int:
 
 
 _OUTSIDE = (Phase.IDLE, Phase.ENDED)
+_TOO_LATE = "the run's deadline has passed"
 
 
 def _top(path: str) -> str:
@@ -713,7 +723,12 @@ def _work_of(node: Node, call: calls.Llm | calls.Embed | calls.Tool, lookup: Cal
         case calls.Embed():
             return Request("embeddings", said, None)
         case calls.Tool():
-            return Errand(msgspec.convert(said["server"], calls.Server), said["arguments"], call.at_most_once)
+            return Errand(msgspec.convert(_texts(said["server"]), calls.Server), said["arguments"], call.at_most_once)
+
+
+def _texts(said: Value) -> Value:
+    """Return a tool's server with all that was filled in as text, as addresses and headers are."""
+    return {name: _texts(one) if name == "headers" else text_of(one) for name, one in said.items()}
 
 
 def _make_texts(shape: Value, said: Value) -> None:
@@ -721,7 +736,9 @@ def _make_texts(shape: Value, said: Value) -> None:
     for name in ("prompt", "content"):
         if isinstance(shape.get(name), Template):
             said[name] = text_of(said[name])
-    for of_message, message in zip(shape.get("messages") or (), said.get("messages") or (), strict=True):
+    if isinstance(shape.get("messages"), Template) and not isinstance(said["messages"], list):
+        raise TransformError(f"messages has to be a list, and this is {text_of(said['messages'])[:60]!r}")
+    for of_message, message in zip(messages_of(shape), said.get("messages") or (), strict=False):
         if isinstance(of_message, dict):
             _make_texts(of_message, message)
 

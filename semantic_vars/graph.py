@@ -5,12 +5,13 @@ Every variable has one writer, every hole a variable, and nothing waits for itse
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from core.errors import InvalidRequest
 from semantic_vars import calls
-from semantic_vars.template import Form, form_of
+from semantic_vars.template import Form, Hole, Template, form_of
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
@@ -82,6 +83,8 @@ class Reader:
         try:
             each = form_of(call.foreach) if call.foreach is not None else None
             form = form_of(_said(call))
+            if isinstance(call, calls.Llm):
+                _check_messages(form.shape)
             own = frozenset((call.item, "index")) if each is not None else frozenset[str]()
             inside = names | own if own else names  # a copy of all names for each call is quadratic
             blocks = tuple(self._blocks(call, inside, depth + 1))
@@ -149,6 +152,19 @@ def _said(call: calls.Call) -> object:
             return call.inputs
         case calls.Race():
             return None
+
+
+def _check_messages(shape: Any) -> None:
+    messages = shape.get("messages", [])
+    is_one_hole = isinstance(messages, Template) and len(messages.parts) == 1 and isinstance(messages.parts[0], Hole)
+    if not isinstance(messages, list) and not is_one_hole:
+        raise InvalidRequest("messages has to be a list, or a text that is one hole and nothing else, of a list")
+
+
+def unused_of(nodes: Sequence[Node]) -> tuple[str, ...]:
+    """Return the variables that these calls make and none of them uses: what is wanted where nothing is said."""
+    used = frozenset[str]().union(*(node.uses for node in nodes))
+    return tuple(node.call.variable for node in nodes if node.call.variable not in used)
 
 
 def _in_call(call: calls.Call, error: InvalidRequest) -> InvalidRequest:

@@ -5,7 +5,8 @@ the same place share it, which the paper's code, hashing names of variables, doe
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -25,6 +26,12 @@ class Beginning(msgspec.Struct, frozen=True, array_like=True):
 
     digest: int
     size: int
+
+
+def messages_of(shape: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the messages of a request as far as they were written; a variable that is all of them is not read."""
+    messages = shape.get("messages")
+    return messages if isinstance(messages, list) else ()
 
 
 class Segments:
@@ -47,7 +54,7 @@ class Segments:
             return
         if "prompt" in shape:
             yield from self._texts(shape["prompt"])
-        for message in shape.get("messages") or ():
+        for message in messages_of(shape):
             if isinstance(message, dict):
                 yield _ROLE + "".join(self._texts(message.get("role"))) + _ROLE
                 yield from self._texts(message.get("content"))
@@ -78,7 +85,7 @@ def ready_part(form: Form, lookup: Lookup, is_there: Callable[[str], bool]) -> R
     if "prompt" in shape:
         body["prompt"] = reader.read(shape["prompt"])
     messages: list[Value] = []
-    for message in shape.get("messages") or ():
+    for message in messages_of(shape):
         if not reader.is_open or not isinstance(message, dict):
             break
         role = reader.read(message.get("role"), is_role=True)

@@ -137,9 +137,14 @@ def _literals(text: str) -> tuple[Any, ...]:
     if len(text) > _MAX_ARGUMENTS:
         raise InvalidRequest(f"the arguments of a transform have more than {_MAX_ARGUMENTS} characters")
     try:
-        return tuple(ast.literal_eval(f"({text},)")) if text.strip() else ()
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise InvalidRequest(f"({text}) are not literal arguments: texts in quotes, numbers, lists") from None
+        given = list(ast.literal_eval(f"({text},)")) if text.strip() else []
+        is_json = msgspec.json.decode(msgspec.json.encode(given)) == given
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        is_json = False
+    if not is_json:
+        told = "texts in quotes, numbers, True, False, None, [lists], and {'objects': 1} with texts for keys"
+        raise InvalidRequest(f"({text}) are not literal arguments: {told}")
+    return tuple(given)
 
 
 class Form(msgspec.Struct, frozen=True):

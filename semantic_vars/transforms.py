@@ -93,7 +93,7 @@ def _json(value: Value, path: tuple[Any, ...]) -> Value:
     if isinstance(value, str):
         try:
             value = msgspec.json.decode(_unfenced(value))
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise TransformError(f"the text is no JSON ({error}): {value[:60]!r}") from None
     try:
         return at_path(value, path)

@@ -103,6 +103,17 @@ def frame_of(event: RunEvent | bytes, run: str, names: tuple[str, ...]) -> bytes
     return b"id: %d\nevent: %b\ndata: %b\n\n" % (event.number, kind.encode(), msgspec.json.encode(data))
 
 
+def frame_of_outcome(name: str, outcome: Outcome) -> bytes:
+    """Return a variable's outcome as the one frame of a stream that comes too late for the event itself."""
+    data = msgspec.json.encode({"variable": name, **_outcome(outcome)})
+    return b"event: variable.%b\ndata: %b\n\n" % (outcome.state.value.encode(), data)
+
+
+def _outcome(outcome: Outcome) -> dict[str, Any]:
+    told: dict[str, Any] = {"value": outcome.value} if outcome.state is State.DONE else {}
+    return told if outcome.failure is None else {**told, "error": _error(outcome.failure)}
+
+
 def _concerns(about: str | None, names: tuple[str, ...]) -> bool:
     """Whether an event about this path is for who follows these variables; what is about the run is for all."""
     return not names or about is None or any(about == name or about[: len(name) + 1] == f"{name}[" for name in names)
@@ -128,11 +139,7 @@ def _public(told: happenings.Happening, run: str) -> tuple[str, str | None, dict
             error = {"code": told.code, "message": told.message, "call": call}
             return "call.retried", call, {"call": call, "attempt": told.attempt, "error": error}
         case happenings.Settled(variable=name, outcome=outcome):
-            data = {"variable": name, "call": told.call, "usage": _usage(told.spent, told.used)}
-            if outcome.state is State.DONE:
-                data["value"] = outcome.value
-            if outcome.failure is not None:
-                data["error"] = _error(outcome.failure)
+            data = {"variable": name, "call": told.call, "usage": _usage(told.spent, told.used), **_outcome(outcome)}
             return f"variable.{outcome.state.value}", name, data
         case happenings.Finished(state=state):
             return f"run.{state.value}", None, {"run": run, "usage": _usage(told.spent, told.used)}

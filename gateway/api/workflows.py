@@ -11,18 +11,19 @@ from fastapi import APIRouter, Query, Request, Response
 from core.errors import InvalidJson, InvalidRequest, Unavailable, UnknownId
 from core.workflows import RunRecord, RunState
 from gateway.api.common import read_body
-from gateway.api.runs_shapes import frame_of, path_of, run_of, settles, summary_of, variable_of
+from gateway.api.runs_shapes import frame_of, frame_of_outcome, path_of, run_of, settles, summary_of, variable_of
 from gateway.api.streaming import event_stream
 from gateway.auth import Principal
 from gateway.ceilings import check_depth
 from gateway.runs.critical import CriticalPath, Ended, critical_path
 from gateway.runs.history import Appended, History
 from gateway.runs.live import LiveRun
+from gateway.runs.service import is_large
 from gateway.runs.work import check_schema
 from gateway.services import Services
 from gateway.tracing import SUBMITTER
 from semantic_vars import drawing, prefixes
-from semantic_vars.calls import Call, Criteria, Given, Llm, Workflow
+from semantic_vars.calls import Call, Criteria, Given, Llm, Workflow, within
 from semantic_vars.events import Put
 from semantic_vars.graph import USUAL, Node, Reader
 from semantic_vars.values import Value
@@ -30,6 +31,7 @@ from semantic_vars.variable import Outcome
 
 _DEPTH = 64
 _LONGEST_WAIT_S = 120.0
+_LONGEST_END_S = 5.0  # how long a cancelled run may take to end before whoever cancels it is answered
 _POLL_S = 0.5  # a run that another gateway has is read from the database
 _Draw = Callable[[Sequence[Node], Mapping[str, str], frozenset[str]], str | bytes]
 _DRAWN: Mapping[str, tuple[_Draw, str]] = {
@@ -95,7 +97,8 @@ class _Workflows:
             end_user=request.headers.get("x-forebay-end-user"),
             idempotency=request.headers.get("idempotency-key"),
         )
-        return _json({**run_of(record, History(workflow)), "lint": _lint(workflow)}, 202)
+        lint = await asyncio.to_thread(_lint, workflow) if is_large(workflow) else _lint(workflow)
+        return _json({**run_of(record, History(workflow)), "lint": lint}, 202)
 
     async def search(
         self,
@@ -139,12 +142,34 @@ class _Workflows:
         """Cancel calls of a run, or all of it."""
         principal = self._identify(request)
         which: _Which = await self._body_of(request, principal, _Which)
-        found = await self._runs.find(principal, run)
+        found: LiveRun | tuple[RunRecord, History] = await self._runs.find(principal, run)
         if _seen(found)[1].state == "running":
             asked = await self._runs.ask(principal, run, lambda live: live.cancel(which.calls))
             await asked.durable()
             found = asked
+            if not which.calls:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LONGEST_END_S):
+                        found = await self._ended(found, principal, run)
         return _json(_told(found))
+
+    async def _ended(
+        self, found: LiveRun | tuple[RunRecord, History], principal: Principal, run: str
+    ) -> LiveRun | tuple[RunRecord, History]:
+        """Wait until what was aborted has said what it has used, and the run has ended."""
+        while _seen(found)[1].state == "running":
+            found = await self._later(found, principal, run)
+        return found
+
+    async def _later(
+        self, found: LiveRun | tuple[RunRecord, History], principal: Principal, run: str
+    ) -> LiveRun | tuple[RunRecord, History]:
+        """Return the run as it is once something has happened, or might have."""
+        if isinstance(found, LiveRun) and not found.is_gone:
+            await found.following.changed()
+            return found
+        await asyncio.sleep(_POLL_S)
+        return await self._runs.find(principal, run)
 
     async def resume(self, run: str, request: Request) -> Response:
         """Run a workflow again, or an edited one, without the calls whose inputs are the same and that went well."""
@@ -169,7 +194,8 @@ class _Workflows:
         if (drawn := _DRAWN.get(format)) is None:
             raise InvalidRequest(f"`format` has to be one of {', '.join(_DRAWN)}", param="format")
         draw, media_type = drawn
-        return Response(await asyncio.to_thread(_drawn, draw, *_known(found)), headers=_INERT, media_type=media_type)
+        picture = await asyncio.to_thread(_drawn, draw, *_known(found), _states(found))
+        return Response(picture, headers=_INERT, media_type=media_type)
 
     async def events(self, run: str, request: Request, after: int | None = None, variables: str = "") -> Response:
         """Follow a run."""
@@ -183,6 +209,8 @@ class _Workflows:
         principal = self._identify(request)
         run, name = _parts(variable)
         found = await self._wanted(principal, run, name, "latency")
+        if (outcome := _seen(found)[1].outcome(name)) is not None:  # its event may be behind us, or there was none
+            return event_stream(_once(frame_of_outcome(name, outcome)))
         last = after if after is not None else _last_id(request)
         return event_stream(_frames(found, run, last, (name,), self._services, ends_with=name))
 
@@ -227,11 +255,7 @@ class _Workflows:
             _, history = _seen(found)
             if (outcome := history.outcome(name)) is not None:
                 return outcome
-            if isinstance(found, LiveRun) and not found.is_gone:
-                await found.following.changed()
-            else:
-                await asyncio.sleep(_POLL_S)
-                found = await self._runs.find(principal, run)
+            found = await self._later(found, principal, run)
 
     async def put(self, variable: str, request: Request) -> Response:
         """Set an open variable, or what a tool of the client's came to."""
@@ -240,7 +264,8 @@ class _Workflows:
         setting: _Setting = await self._body_of(request, principal, _Setting)
         live = await self._runs.ask(principal, run, lambda live: live.put(Put(name, setting.value, setting.error)))
         await live.durable()
-        return _json(variable_of(run, name, live.told.outcome(name)))
+        fact = live.told.facts.get(name)  # which there is of an element of a map too
+        return _json(variable_of(run, name, fact.outcome if fact is not None else None))
 
 
 def workflow_routes(services: Services) -> APIRouter:
@@ -269,9 +294,12 @@ def _lint(workflow: Workflow) -> list[str]:
 
 
 def _check_schemas(calls: tuple[Call, ...]) -> None:
-    for call in calls:
+    for call in (inner for one in calls for inner in within(one)):
         if isinstance(call, Llm) and call.schema is not None:
-            check_schema(call.schema)
+            try:
+                check_schema(call.schema)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"call {call.id!r}: {error.message}") from None
 
 
 def _json(body: Any, status: int = 200) -> Response:
@@ -283,13 +311,26 @@ def _seen(found: LiveRun | tuple[RunRecord, History]) -> tuple[RunRecord, Histor
 
 
 def _told(found: LiveRun | tuple[RunRecord, History]) -> dict[str, Any]:
-    return run_of(*_seen(found), found.num_underway if isinstance(found, LiveRun) else 0)
+    return run_of(*_seen(found), len(_underway(found)))
+
+
+def _underway(found: LiveRun | tuple[RunRecord, History]) -> tuple[str, ...]:
+    return found.underway if isinstance(found, LiveRun) else ()
 
 
 def _known(found: LiveRun | tuple[RunRecord, History]) -> tuple[Workflow, Ended]:
     """Return what a run is and how it has gone so far; for another thread, while it goes on in this one."""
     record, history = _seen(found)
     return history.whole(), Ended.of(history, record.created_at)
+
+
+def _states(found: LiveRun | tuple[RunRecord, History]) -> dict[str, str]:
+    """Return the states of calls by their paths. Of a map there is the state of the whole once it has ended, and until
+    then those of its elements that are under way."""
+    _, history = _seen(found)
+    states = dict.fromkeys(_underway(found), "running")
+    states |= dict.fromkeys((one.call for one in history.waiting.values()), "waiting")
+    return states | {path: end.state.value for path, end in history.ends.items()}
 
 
 def _nodes(whole: Workflow) -> tuple[Node, ...]:
@@ -300,11 +341,11 @@ def _path(whole: Workflow, ended: Ended) -> CriticalPath | None:
     return critical_path(_nodes(whole), ended)
 
 
-def _drawn(draw: _Draw, whole: Workflow, ended: Ended) -> str | bytes:
+def _drawn(draw: _Draw, whole: Workflow, ended: Ended, states: Mapping[str, str]) -> str | bytes:
     nodes = _nodes(whole)
     path = critical_path(nodes, ended)
     critical = frozenset(step.call for step in path.steps) if path is not None else frozenset[str]()
-    return draw(nodes, {path: end.state.value for path, end in ended.ends.items()}, critical)
+    return draw(nodes, states, critical)
 
 
 def _parts(variable: str) -> tuple[str, str]:
@@ -317,6 +358,10 @@ def _parts(variable: str) -> tuple[str, str]:
 def _last_id(request: Request) -> int:
     given = request.headers.get("last-event-id", "0")
     return int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
+
+
+async def _once(frame: bytes) -> AsyncGenerator[bytes, None]:
+    yield frame
 
 
 async def _frames(

@@ -1,7 +1,7 @@
 """What has happened to a run, as it is kept: the truth from which a run goes on after a crash."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -9,6 +9,7 @@ from core.workflows import RunState
 from semantic_vars.budget import Spent
 from semantic_vars.calls import Call, Criteria, Given, Workflow
 from semantic_vars.executor import Fact
+from semantic_vars.graph import USUAL, Reader, unused_of
 from semantic_vars.values import Value
 from semantic_vars.variable import Failure, Outcome, State, done
 
@@ -156,6 +157,8 @@ class History:
         self.workflow = workflow
         self.number = 0
         self.state: RunState = "running"
+        self._whole: Workflow | None = workflow
+        self._variables = dict(workflow.variables)
         self.spent = Spent()
         self.used: Used | None = Used()
         self.span: str | None = None
@@ -182,9 +185,13 @@ class History:
                 self.asked.append(happening)
                 self.state = "running"
                 if isinstance(happening, Appended):
+                    self._whole = None
+                    self._variables |= happening.variables
                     self.added |= {call.id: happening.at for call in happening.calls}
             case Waiting(variable=name):
                 self.waiting[name] = happening
+            case Retried(call=call):  # the client has answered, and will be told of it anew
+                self.waiting = {name: one for name, one in self.waiting.items() if one.call != call}
             case Attempted(variable=name):
                 self.attempted[name] = happening
             case Settled(variable=name, outcome=outcome):
@@ -203,8 +210,6 @@ class History:
                 self.spent, self.used = happening.spent, happening.used
                 self.num_ends += 1
                 self.state = state.value  # type: ignore[assignment] # no run ends as pending
-            case _:
-                pass
 
     def _end(self, call: str, end: End) -> None:
         self.num_calls[end.state] += 1
@@ -227,30 +232,51 @@ class History:
         }
 
     def facts_of_successes(self) -> dict[str, Fact]:
-        """Return what a new run of a like workflow need not make again."""
-        return {name: fact for name, fact in self.facts.items() if fact.outcome.state is State.DONE}
+        """Return what a new run of a like workflow need not make again: what calls came to that cost something, and
+        what somebody has set. Not what stands in for a failure, nor who won a race, which another may win."""
+        return {
+            name: msgspec.structs.replace(fact, order=())
+            for name, fact in self.facts.items()
+            if fact.outcome.state is State.DONE
+            and fact.outcome.failure is None
+            and (fact.key is not None or name in self.given)
+        }
 
     def whole(self) -> Workflow:
-        """Return the workflow with all that was added to it."""
-        whole = self.workflow
-        for one in self.asked:
-            if isinstance(one, Appended):
-                whole = msgspec.structs.replace(
-                    whole,
-                    calls=whole.calls + one.calls,
-                    variables={**whole.variables, **one.variables},
-                    outputs=whole.outputs + one.outputs,
-                )
-        return whole
+        """Return the workflow with all that was added to it, as if it had come at once: what was wanted then is wanted.
+
+        Costs a reading of the graph where some parts name their outputs and others do not.
+        """
+        if self._whole is None:
+            parts: list[Workflow | Appended] = [
+                self.workflow,
+                *(one for one in self.asked if isinstance(one, Appended)),
+            ]
+            calls = tuple(call for part in parts for call in part.calls)
+            outputs = _outputs_of(parts) if any(part.outputs for part in parts) else ()
+            self._whole = msgspec.structs.replace(
+                self.workflow, calls=calls, variables=dict(self._variables), outputs=outputs
+            )
+        return self._whole
 
     def names(self) -> tuple[str, ...]:
         """Return the run's own variables."""
-        whole = self.whole()
-        return (*whole.variables, *(call.variable for call in whole.calls))
+        return (*self._variables, *(call.variable for call in self.whole().calls))
 
     def outcome(self, name: str) -> Outcome | None:
         """Return what became of a variable; None while it is pending, or where it was given no value yet."""
         if (outcome := self.outcomes.get(name)) is not None:
             return outcome
-        given = self.whole().variables.get(name)
+        given = self._variables.get(name)
         return done(given.value) if given is not None and not given.open else None
+
+
+def _outputs_of(parts: Sequence[Workflow | Appended]) -> tuple[str, ...]:
+    outputs: list[str] = []
+    around: frozenset[str] = frozenset()
+    for part in parts:
+        around |= part.variables.keys()
+        nodes = Reader(USUAL).nodes(part.calls, around)
+        outputs += part.outputs or unused_of(nodes)
+        around |= {call.variable for call in part.calls}
+    return tuple(dict.fromkeys(outputs))

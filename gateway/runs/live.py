@@ -3,13 +3,14 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
 import msgspec
 
 from core.clock import Clock
-from core.errors import Unavailable
+from core.errors import Unavailable, UnknownId
 from core.workflows import RunAnswer, RunEvent, RunLetter, RunRecord, RunState
 from gateway.runs.following import Following
 from gateway.runs.history import (
@@ -141,7 +142,7 @@ class LiveRun:
 
     def begin(self) -> None:
         """Start, or go on: what was asked for later is asked again, in its order."""
-        asked = list(self._history.asked)
+        events = [Tick(), *(event for one in self._history.asked for event in _events_of(one))]
         self._counts.opened()
         if not self._history.number:
             self._counts.accepted()
@@ -151,15 +152,12 @@ class LiveRun:
             self._note(Began(tuple(call.id for call in self._history.workflow.calls), span, parent))
         age_s = max(0.0, self._clock.wall() - self.record.created_at)
         effects = self._executor.begin(self._clock.monotonic() - age_s)
-        for one in asked:
-            match one:
-                case Appended():
-                    event: Event = Append(one.calls, one.variables, one.outputs)
-                case Wanted():
-                    event = Want(one.variable, one.criteria)
-                case Stopped():
-                    event = Cancel(one.calls)
-            effects += self._executor.on(event, self._clock.monotonic())
+        for event in events:
+            # It has ended only if nothing was asked for behind that; a call within another that was cancelled is not
+            # there yet, and will find out by itself.
+            with suppress(UnknownId):
+                more = self._executor.on(event, self._clock.monotonic())
+                effects = [one for one in effects if not isinstance(one, Ended) or isinstance(event, Tick)] + more
         self._carry_out(effects)
 
     # What is asked of it; all of these raise what ``Executor.on`` raises
@@ -272,9 +270,9 @@ class LiveRun:
         self._used = self._used.plus(more)
 
     @property
-    def num_underway(self) -> int:
-        """How many calls have begun and have no outcome; also those that wait for another attempt, or the client."""
-        return len(self._underway)
+    def underway(self) -> tuple[str, ...]:
+        """The calls that have begun and have no outcome; also those that wait for another attempt, or the client."""
+        return tuple(self._underway)
 
     def _start(self, start: Start, now: float) -> None:
         work = start.work
@@ -387,6 +385,18 @@ class LiveRun:
     async def left(self) -> None:
         """Wait until all work has stopped that ``leave`` has told to."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+
+def _events_of(asked: Appended | Wanted | Stopped) -> tuple[Event, ...]:
+    match asked:
+        case Appended():
+            return (Append(asked.calls, asked.variables, asked.outputs),)
+        case Wanted():
+            return (Want(asked.variable, asked.criteria),)
+        case Stopped(calls=()):
+            return (Cancel(),)
+        case Stopped(calls=calls):
+            return tuple(Cancel((call,)) for call in calls)  # each for itself: one may not be there yet
 
 
 def _kind_of(work: Work) -> Kind:

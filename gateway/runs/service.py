@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -21,17 +22,18 @@ from gateway.auth import Principal
 from gateway.looping import LoopingCall
 from gateway.runs.elsewhere import Elsewhere, Seen
 from gateway.runs.following import Following
-from gateway.runs.history import HAPPENING, History
+from gateway.runs.history import HAPPENING, Finished, History
 from gateway.runs.letters import Askable, Letter, check
 from gateway.runs.live import Doing, LiveRun
 from gateway.runs.log import RunLog
 from gateway.runs.telling import SILENT, Telling
-from semantic_vars.calls import Workflow
+from semantic_vars.calls import Workflow, within
 from semantic_vars.executor import Executor, Fact
 from semantic_vars.graph import USUAL, Bounds
+from semantic_vars.variable import State
 from storage.sql.database import Conflict as StorageConflict
 from storage.sql.database import StorageUnavailable
-from storage.sql.workflows import Workflows
+from storage.sql.workflows import Change, Workflows
 
 _log = structlog.get_logger(__name__)
 
@@ -46,6 +48,12 @@ _LARGE = 200
 """Calls of a graph that is read beside the event loop."""
 MOST_OPEN = 1_000
 """Runs of one tenant that have not ended."""
+
+
+def is_large(workflow: Workflow) -> bool:
+    """Return whether a graph takes so long to be read that others would wait for it."""
+    every = (one for call in workflow.calls for one in within(call))
+    return sum(1 for _ in islice(every, _LARGE + 1)) > _LARGE
 
 
 class Runs:
@@ -113,17 +121,29 @@ class Runs:
         self._elsewhere.sweep()
         try:
             for record in await self._store.claim(self._owner, now, now + LEASE_S, self._live.keys()):
-                history, told = await self._history(record)
-                executor = await self._executor(history)
-                if record.id not in self._live:
-                    self._go_on(record, history, told, executor)
-                    _log.info("run_goes_on", run=record.id, num_events=history.number)
+                await self._take_up(record)
         except StorageUnavailable as error:
             if not self._is_away:
                 _log.warning("runs_not_claimed", error=str(error))
             self._is_away = True
         else:
             self._is_away = False
+
+    async def _take_up(self, record: RunRecord) -> None:
+        """Go on with a run that was left. One that cannot be gone on with ends as failed, and holds up no other."""
+        history, told = await self._history(record)
+        try:
+            executor = await self._executor(history)
+            if record.id not in self._live:
+                self._go_on(record, history, told, executor)
+                _log.info("run_goes_on", run=record.id, num_events=history.number)
+        except StorageUnavailable:
+            raise
+        except Exception:  # noqa: BLE001 - whatever is wrong with one run, the others and the server have to live
+            _log.exception("run_cannot_go_on", run=record.id, meaning="it ends as failed")
+            ended = Finished(State.FAILED, history.spent, history.used, self._clock.wall())
+            event = RunEvent(record.id, told.number + 1, msgspec.json.encode(ended))
+            await self._store.write(self._owner, [Change(record.id, (event,), "failed", self._clock.wall())])
 
     async def _read_letters(self) -> None:
         """Do what other gateways ask for."""
@@ -182,7 +202,7 @@ class Runs:
             Executor, history.workflow, self._worker, bounds=self._bounds, spent=history.spent,
             facts={**facts, **history.facts_to_go_on()}, prefills=self._worker.prefills,
         )  # fmt: skip
-        return await asyncio.to_thread(make) if len(history.workflow.calls) > _LARGE else make()
+        return await asyncio.to_thread(make) if is_large(history.workflow) else make()
 
     def _go_on(self, record: RunRecord, history: History, told: History, executor: Executor) -> None:
         following = Following(record.id, self._store_events, told.number)
@@ -190,9 +210,13 @@ class Runs:
             record, history, told, executor=executor, worker=self._worker, log=self._log, clock=self._clock,
             following=following, on_end=self._ended, telling=self._telling,
         )  # fmt: skip
+        try:
+            run.begin()
+        except BaseException:
+            run.leave()
+            raise
         self._live[record.id] = run
         self._num_open[record.tenant] += 1
-        run.begin()
 
     def _ended(self, run: LiveRun) -> None:
         if self._live.get(run.id) is run:

@@ -3,7 +3,9 @@ with after the gateway was killed."""
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -149,6 +151,37 @@ async def test_an_open_variable_holds_a_run_up_until_it_is_set(client: Client) -
     assert "approval" in twice["error"]["message"]
 
 
+async def test_a_variable_that_is_there_is_streamed_whole_to_who_comes_late(client: Client) -> None:
+    run = await client.submit(llm("a", "{{ok}}{{given}}"), variables={"ok": {"open": True}, "given": {"value": "x"}})
+    path = f"/v1/variables/{run['id']}"
+    assert await client.events(f"{path}.given/stream") == [(None, "variable.done", {"variable": "given", "value": "x"})]
+    await client.ask("PUT", f"{path}.ok", {"error": "nobody is there"})
+    for after in (0, 4):
+        ((_, name, data),) = await client.events(f"{path}.ok/stream", after=after)
+        assert (name, data["error"]["message"]) == ("variable.failed", "nobody is there")
+
+
+async def test_a_drawing_tells_what_runs_and_what_waits_for_the_client(client: Client, engine: FakeEngine) -> None:
+    tool = {"kind": "tool", "id": "t", "server": {"type": "client", "tool": "tests"}, "arguments": 1, "foreach": [1, 2]}
+    await engine.faults(trickle_ms=50, contains="Say much.")
+    run = await client.submit(tool, llm("a", "Say much. " * 9))
+    for _ in range(500):
+        if len((await client.ask("GET", f"/v1/workflows/{run['id']}"))["waiting"]) == 2:
+            break
+        await asyncio.sleep(0.01)
+    drawn = (await client.ask("GET", f"/v1/workflows/{run['id']}/graph"))["nodes"]
+    assert {one["id"]: one["state"] for one in drawn} == {"t": "waiting", "a": "running"}
+    await client.ask("POST", f"/v1/workflows/{run['id']}/cancel", {})
+    await engine.faults()
+
+
+async def test_a_schema_that_cannot_be_used_is_told_with_its_call_wherever_it_stands(client: Client) -> None:
+    wrong = llm("x", "Say one.", schema={"type": "nothing"})
+    for call in (wrong, {"kind": "race", "id": "r", "of": [{"calls": [wrong], "result": "{{x}}"}]}):
+        refused = await client.submit(call, status=400)
+        assert refused["error"]["message"].startswith("call 'x': the schema cannot be used")
+
+
 async def test_a_tool_of_the_clients_is_told_and_answered(client: Client) -> None:
     tool = {"kind": "tool", "id": "t", "server": {"type": "client", "tool": "tests"}, "arguments": {"of": "{{a}}"}}
     run = await client.submit(llm("a", "Say one."), tool, llm("b", "{{t | json('$.passed')}}"))
@@ -176,7 +209,8 @@ async def test_a_tool_of_the_clients_within_a_body_is_answered_by_its_path(clien
         await asyncio.sleep(0.01)
     for one in waiting:
         path = quote(f"{run['id']}.{one['variable']}", safe="")
-        await client.ask("PUT", f"/v1/variables/{path}", {"value": one["arguments"] * 2})
+        told = await client.ask("PUT", f"/v1/variables/{path}", {"value": one["arguments"] * 2})
+        assert told["value"] == one["arguments"] * 2
     assert await client.value(run["id"], "w") == ["pp", "qq"]
 
 
@@ -304,6 +338,32 @@ async def test_a_killed_gateway_goes_on_with_its_runs_and_makes_no_committed_cal
         assert [number for number, _, _ in told if number] == list(range(1, len(settled) + 3))
         made = (await engine.stats())["finished"] + (await engine.stats())["aborted"]
         assert made <= 13 + 2, "only what was under way is made again"
+        await client.http.aclose()
+
+
+async def test_a_run_that_cannot_be_gone_on_with_ends_and_the_gateway_starts(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    models = {"fake": attached(engine.url)}
+    async with GatewayProcess(models, directory=tmp_path) as gateway:
+        client = Client(gateway)
+        broken = await client.submit(llm("a", "{{ok}}"), variables={"ok": {"open": True}})
+        sound = await client.submit(llm("a", "{{ok}}"), variables={"ok": {"open": True}})
+        gateway.kill()
+        await gateway.wait()
+        await client.http.aclose()
+    circle = {"calls": [llm("a", "{{b}}"), llm("b", "{{a}}")]}  # as no gateway would have accepted it
+    (file,) = await asyncio.to_thread(lambda: [*tmp_path.glob("**/*.db")])
+    with closing(sqlite3.connect(file)) as database, database:
+        changed = database.execute(
+            "UPDATE runs SET graph = ? WHERE id = ?", (json.dumps(circle).encode(), broken["id"])
+        )
+        assert changed.rowcount == 1
+    async with GatewayProcess(models, directory=tmp_path) as again:
+        client = Client(again)
+        await client.ask("PUT", f"/v1/variables/{sound['id']}.ok", {"value": "yes"})
+        assert await client.value(sound["id"], "a")
+        assert (await client.ask("GET", f"/v1/workflows/{broken['id']}"))["state"] == "failed"
         await client.http.aclose()
 
 

@@ -1,15 +1,18 @@
 """What a run does, one rule a test."""
 
 import random
+from typing import Any
 
 import pytest
 
 from core.errors import Conflict, InvalidRequest, UnknownId
-from semantic_vars.events import Append, Cancel, Done, Failed, Put, Request, Tick, Want, Work
+from semantic_vars.calls import Given, Http
+from semantic_vars.events import Append, Cancel, Done, Errand, Failed, Put, Request, Tick, Want, Work
 from semantic_vars.executor import Fact
 from semantic_vars.graph import Bounds
+from semantic_vars.instance import Scope, Variable
 from semantic_vars.values import Value
-from semantic_vars.variable import State
+from semantic_vars.variable import State, done
 from tests.unit.semantic_vars.runs import Broken, Engine, Run, echo, llm, said, workflow
 
 CHUNKS = {"chunks": {"value": ["a", "b", "c"]}}
@@ -325,10 +328,12 @@ def test_a_cancelled_run_ends_all_its_variables() -> None:
     )
     run = Run(given)
     run.on(Cancel())
-    assert run.ended == [State.CANCELLED]
     assert not run.started
+    assert not run.ended, "what was aborted has yet to say what it has used"
     run.finish()
+    assert run.ended == [State.CANCELLED]
     assert run.executor.num_running == 0
+    assert run.executor.spent.tokens == 3
     with pytest.raises(UnknownId):
         run.on(Cancel(("nothing",)))
 
@@ -341,7 +346,7 @@ def test_a_run_ends_at_its_deadline() -> None:
     failure = run.executor.outcome("b").failure
     assert failure is not None
     assert failure.code in {"deadline", "upstream_failed"}
-    assert run.ended == [State.FAILED]
+    assert run.finish().ended == [State.FAILED]
 
 
 def test_a_budget_is_shared_and_reserved_before_a_fan_out() -> None:
@@ -434,3 +439,95 @@ def test_the_map_of_a_hundred_thousand_elements_keeps_little_but_its_values() ->
 def test_a_chain_of_five_thousand_calls_needs_no_stack() -> None:
     given = [llm("c0", "x")] + [llm(f"c{n}", f"{{{{c{n - 1} | truncate(3)}}}}") for n in range(1, 5_000)]
     assert Run(workflow(*given)).finish().value("c4999") == "<<<<>"
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ({"kind": "llm", "id": "a", "request": {"model": "m", "messages": "{{given}}"}}, "transform"),
+        ({"kind": "transform", "id": "a", "value": "{{deep | json('$')}}"}, "transform"),
+        ({"kind": "transform", "id": "a", "value": "{{huge | json('$[0]')}}"}, None),
+        ({"kind": "embed", "id": "a", "request": {"model": "{{given}}", "input": "{{given}}"}}, None),
+    ],
+)
+def test_whatever_a_value_is_the_call_fails_at_most_and_the_run_ends(call: dict[str, Any], code: str | None) -> None:
+    given = {"given": {"value": {"x": 1}}, "deep": {"value": "[" * 100_000}, "huge": {"value": "[1" + "0" * 400 + "]"}}
+    run = Run(workflow(call, variables=given), engine=lambda _: "x").finish()
+    outcome = run.executor.outcome("a")
+    assert (outcome.failure.code if outcome.failure is not None else None) == code
+    assert len(run.ended) == 1
+
+
+def test_messages_may_be_one_variable_that_is_a_list() -> None:
+    history = [{"role": "user", "content": "Say one."}]
+    call = {"kind": "llm", "id": "a", "request": {"model": "m", "messages": "{{history}}"}}
+    run = Run(workflow(call, variables={"history": {"value": history}}))
+    work = run.started["a"].work
+    assert isinstance(work, Request)
+    assert work.body["messages"] == history
+
+
+def test_what_is_filled_into_the_address_and_the_headers_of_a_tool_is_text() -> None:
+    server = {"type": "http", "url": "https://a.example/{{index}}", "headers": {"x-number": "{{index}}"}}
+    run = Run(workflow({"kind": "tool", "id": "t", "foreach": ["p"], "server": server, "arguments": "{{item}}"}))
+    work = run.started["t[0]"].work
+    assert isinstance(work, Errand)
+    assert isinstance(work.server, Http)
+    assert (work.server.url, work.server.headers) == ("https://a.example/0", {"x-number": "0"})
+
+
+def test_tools_that_wait_for_the_client_take_no_place_of_other_calls() -> None:
+    tool = {"kind": "tool", "id": "t", "foreach": [1, 2, 3], "server": {"type": "client", "tool": "x"}, "arguments": 0}
+    run = Run(workflow(tool, llm("a", "x")), parallel=2)
+    assert set(run.started) == {"t[0]", "t[1]", "t[2]", "a"}
+
+
+def test_a_budget_that_is_used_up_is_told_of_while_the_client_is_waited_for() -> None:
+    tool = {"kind": "tool", "id": "t", "server": {"type": "client", "tool": "x"}, "arguments": 0}
+    run = Run(workflow(tool, llm("a", "x"), budget={"tokens": 9}))
+    failure = run.executor.outcome("a").failure
+    assert failure is not None
+    assert failure.message == "it may use 10 tokens, and the run's budget of 9 has 9 left"
+
+
+def test_a_budget_in_money_is_told_of_in_money_and_holds_no_tool_up() -> None:
+    tool = {"kind": "tool", "id": "t", "server": {"type": "http", "url": "https://a.example"}, "needs": ["a"]}
+    run = Run(workflow(llm("a", "x"), llm("b", "{{a}}", on_error="skip"), tool, budget={"cost": 0.12})).finish()
+    failure = run.executor.outcome("b").failure
+    assert failure is not None
+    assert failure.message == "it may cost 0.1, and the run's budget of 0.12 has 0.08 left"
+    assert run.executor.outcome("t").state is State.DONE
+
+
+def test_a_variable_that_was_set_in_another_run_is_told_of_in_this_one_and_no_call_is_taken_for_it() -> None:
+    given = workflow(llm("a", "{{ok}}"), variables={"ok": {"open": True}})
+    run = Run(given, facts={"ok": Fact(done("yes"))})
+    assert run.resolved["ok"] is State.DONE
+    run = Run(given, facts={"ok": Fact(done("a call's"), key="of a call")})
+    assert run.executor.outcome("ok").state is State.PENDING
+
+
+def test_a_variable_that_is_appended_open_after_the_deadline_fails() -> None:
+    run = Run(workflow(deadline_s=1))
+    run.now = 2.0
+    run.on(Append(workflow(llm("a", "{{ok}}")).calls, {"ok": Given(open=True)}))
+    assert run.executor.outcome("ok").state is run.executor.outcome("a").state is State.FAILED
+    assert run.ended[-1] is State.FAILED
+
+
+def test_a_fan_in_of_thousands_of_calls_costs_little_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [llm(f"c{number}", "x") for number in range(5_000)]
+    prompt = "y" * 3_000 + "".join(f"{{{{c{number}}}}}" for number in range(999))
+    needs = [f"c{number}" for number in range(5_000)]
+    num_found, find = 0, Scope.find
+
+    def count(scope: Scope, name: str) -> Variable:
+        nonlocal num_found
+        num_found += 1
+        return find(scope, name)
+
+    monkeypatch.setattr(Scope, "find", count)
+    run = Run(workflow(*many, llm("r", prompt, needs=needs)), prefills=True).finish()
+    assert run.executor.outcome("r").state is State.DONE
+    assert "r" in run.prefilled
+    assert num_found < 50 * len(many), "it was thousands for each while all inputs were looked at each time"

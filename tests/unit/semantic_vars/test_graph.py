@@ -76,3 +76,11 @@ def test_a_body_knows_what_it_takes_from_around_it() -> None:
     body = {"calls": [llm("b", "{{s}}{{outer}}")], "next": {"s": "{{b}}"}, "until": "{{stop}}"}
     (node, *_) = read(workflow(LOOP | body | {"max_iterations": 2}, llm("outer", "x"), llm("stop", "x")))
     assert (node.inputs, node.captured) == (frozenset(), {"outer", "stop"})
+
+
+@pytest.mark.parametrize("messages", ["Say one.", "Say {{a}}.", 5, None, {"role": "user"}])
+def test_messages_are_a_list_or_one_hole(messages: object) -> None:
+    call = {"kind": "llm", "id": "b", "request": {"model": "m", "messages": messages}}
+    given = workflow(call, variables={"a": {"value": "x"}})
+    with pytest.raises(InvalidRequest, match="call 'b': messages has to be a list"):
+        Reader(USUAL).nodes(given.calls, frozenset(given.variables))

@@ -72,3 +72,11 @@ def test_a_form_is_filled_everywhere_inside_and_knows_its_names() -> None:
     assert form.fill({"a": "A", "b": [2]}.__getitem__) == {
         "messages": [{"role": "user", "content": "A"}], "n": 1, "x": [[2]],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "step", ["equals({[1]: 2})", "choose({'*': 1j})", "equals({1, 2})", "equals(b'x')", "choose({1: 2})"]
+)
+def test_arguments_that_are_no_json_are_refused(step: str) -> None:
+    with pytest.raises(InvalidRequest, match="not literal arguments"):
+        parse(f"{{{{a | {step}}}}}")
