@@ -34,6 +34,7 @@ class Run:
         "_held_s",
         "_held_since",
         "_is_closed",
+        "_model",
         "_on_close",
         "_position",
         "_room",
@@ -111,6 +112,7 @@ class Run:
         self.legs: list[LegRecord] = []
         # The leg that runs now, if any, and how it ends.
         self.leg: Start | None = None
+        self._model = call.model
         self.unrecorded: Start | None = None
         self.task: asyncio.Task[None] | None = None
         self.leg_started_at = now
@@ -136,7 +138,12 @@ class Run:
         self.transcript: Transcript | None = None
 
     def begin_leg(self, start: Start, incarnation: int, now: float) -> None:
-        """Forget how the leg before has ended: another one begins."""
+        """Forget how the leg before has ended: another one begins. Another model has nothing to go on with: what was
+        kept of a whole answer is none of its own."""
+        if self._model != start.model and not self.has_first_byte:
+            self.transcript = None
+            self.journal.asides.clear()
+        self._model = start.model
         self.leg = self.unrecorded = start
         self.attempts = start.attempt
         self.incarnation = incarnation

@@ -20,10 +20,11 @@ class Append(msgspec.Struct, frozen=True, tag=True):
 
 
 class Want(msgspec.Struct, frozen=True, tag=True):
-    """Somebody asks for a variable, by name."""
+    """Somebody asks for a variable, by name; ``deadline_s``: would like to have it so soon."""
 
     variable: str
     criteria: Criteria = "latency"
+    deadline_s: float | None = None
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -96,8 +97,8 @@ Work = Request | Errand
 class Standing(msgspec.Struct, frozen=True):
     """What a call is for: see ``objectives``. ``remaining_s``: from its start to the end of all that waits for it;
     ``run_s``: the longest of these in the run; ``run_calls``: how many calls it had before it when this was deduced, as
-    far as was known; ``group``: the calls that end together, how many; ``left_s``: until the run's deadline, if it has
-    one."""
+    far as was known; ``group``: the calls that end together, how many; ``due``: the earliest
+    time at which what comes of it is wanted; ``left_s``: until then, or until the run's deadline, if there is one."""
 
     criteria: Criteria = "latency"
     level: int = 0
@@ -105,6 +106,7 @@ class Standing(msgspec.Struct, frozen=True):
     run_s: float = 0.0
     run_calls: int = 1
     group: str | None = None
+    due: float | None = None
     left_s: float | None = None
 
 

@@ -13,6 +13,7 @@ Costs: O(1) for an event and each edge that it touches; memory for what runs, an
 
 import hashlib
 import heapq
+import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -106,6 +107,7 @@ class Executor:
         self._unset: set[str] = set()
         self._clients: dict[str, Instance] = {}
         self._criteria: dict[str, calls.Criteria] = {}
+        self._due: dict[str, float] = {}
         self._ready: deque[Instance] = deque()
         self._num_running = 0
         self._leaving: dict[tuple[str, int], Spent] = {}
@@ -144,8 +146,11 @@ class Executor:
             case Append():
                 self._append(event)
                 self._has_ended = False  # what was asked for is answered, also where nothing is left to be done
-            case Want(variable=name, criteria=criteria):
+            case Want(variable=name, criteria=criteria, deadline_s=deadline_s):
                 self._want(name, criteria)
+                if deadline_s is not None:
+                    self._due[name] = min(now + deadline_s, self._due.get(name, math.inf))
+                    self._standings = None
                 self._has_ended = False
             case Done():
                 self._done(event)
@@ -181,6 +186,10 @@ class Executor:
     def criteria(self, variable: str) -> calls.Criteria | None:
         """Return how a variable of the run itself is wanted; None if nobody has asked for it."""
         return self._criteria.get(variable)
+
+    def due(self, variable: str) -> float | None:
+        """Return when a variable of the run itself is wanted, in the time of events; None if nobody has said."""
+        return self._due.get(variable)
 
     def outcome(self, name: str) -> Outcome:
         """Return what became of a variable of the run itself. Raises ``UnknownId``."""
@@ -641,8 +650,9 @@ class Executor:
     def _standing(self, instance: Instance) -> Standing:
         standings = self._deduced()
         standing = standings.get(_top(instance.path), Standing())
-        if self._late_at is not None:
-            standing = msgspec.structs.replace(standing, left_s=max(0.0, self._late_at - self._now))
+        ends = [at for at in (self._late_at, standing.due) if at is not None]
+        if ends:
+            standing = msgspec.structs.replace(standing, left_s=max(0.0, min(ends) - self._now))
         if standing.group is not None and self._left[standing.group] <= 1:
             return msgspec.structs.replace(standing, criteria="latency")  # the last of its group
         return standing
@@ -675,6 +685,7 @@ class Executor:
                 self._criteria.get(instance.node.call.variable),
                 self._estimate.seconds(instance.node.call),
                 _num_left(instance),
+                self._due.get(instance.node.call.variable),
             )
             for instance in instances
         }

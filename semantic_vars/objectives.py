@@ -18,12 +18,13 @@ from semantic_vars.events import Standing
 
 class Stage(msgspec.Struct, frozen=True):
     """A call as deduction sees it. ``criteria``: of who wants its output, None if only other calls do; ``seconds``: how
-    long it takes; ``members``: how many there are of it, of a map."""
+    long it takes; ``members``: how many there are of it, of a map; ``due``: when its output is wanted, if at a time."""
 
     consumers: tuple[str, ...] = ()
     criteria: Criteria | None = None
     seconds: float = 0.0
     members: int = 1
+    due: float | None = None
 
 
 def deduce(stages: Mapping[str, Stage]) -> dict[str, Standing]:
@@ -37,6 +38,7 @@ def deduce(stages: Mapping[str, Stage]) -> dict[str, Standing]:
             criteria="latency" if is_urgent else "throughput",
             level=1 + max((one.level for one in after), default=-1),
             remaining_s=stage.seconds + max((one.remaining_s for one in after), default=0.0),
+            due=min((due for due in (stage.due, *(one.due for one in after)) if due is not None), default=None),
         )
     groups = _groups(stages, standings)
     run_s = max((standing.remaining_s for standing in standings.values()), default=0.0)

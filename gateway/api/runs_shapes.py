@@ -128,7 +128,8 @@ def _public(told: happenings.Happening, run: str) -> tuple[str, str | None, dict
         case happenings.Appended(calls=appended):
             return "run.appended", None, {"run": run, "calls": [call.id for call in appended]}
         case happenings.Wanted(variable=name, criteria=criteria):
-            return "run.wanted", name, {"run": run, "variable": name, "criteria": criteria}
+            data = {"run": run, "variable": name, "criteria": criteria}
+            return "run.wanted", name, data | ({"deadline_s": told.deadline_s} if told.deadline_s is not None else {})
         case happenings.Stopped(calls=stopped):
             return "run.stopped", None, {"run": run, "calls": stopped}
         case happenings.Attempted(variable=name):

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
-from core.errors import InvalidJson, InvalidRequest, Unavailable, UnknownId
+from core.chat import Endpoint
+from core.errors import Draining, InvalidJson, InvalidRequest, Unavailable, UnknownId
 from core.workflows import RunRecord, RunState
 from gateway.api.common import read_body
 from gateway.api.runs_shapes import frame_of, frame_of_outcome, path_of, run_of, settles, summary_of, variable_of
@@ -23,7 +24,7 @@ from gateway.runs.work import check_schema
 from gateway.services import Services
 from gateway.tracing import SUBMITTER
 from semantic_vars import drawing, prefixes
-from semantic_vars.calls import Call, Criteria, Given, Llm, Workflow, within
+from semantic_vars.calls import Call, Criteria, Embed, Given, Llm, Workflow, within
 from semantic_vars.events import Put
 from semantic_vars.graph import USUAL, Node, Reader
 from semantic_vars.values import Value
@@ -31,8 +32,9 @@ from semantic_vars.variable import Outcome
 
 _DEPTH = 64
 _LONGEST_WAIT_S = 120.0
+_LONGEST_DEADLINE_MS = 86_400_000
 _LONGEST_END_S = 5.0  # how long a cancelled run may take to end before whoever cancels it is answered
-_POLL_S = 0.5  # a run that another gateway has is read from the database
+_POLL_S = 0.5  # a run that another gateway has is read from the database, and whether we shut down is looked at
 _Draw = Callable[[Sequence[Node], Mapping[str, str], frozenset[str]], str | bytes]
 _DRAWN: Mapping[str, tuple[_Draw, str]] = {
     "json": (lambda *drawn: msgspec.json.encode(drawing.as_json(*drawn)), "application/json"),
@@ -89,7 +91,7 @@ class _Workflows:
         """Submit a workflow: 202 once it is durable."""
         principal = self._identify(request)
         workflow: Workflow = await self._body_of(request, principal, Workflow)
-        _check_schemas(workflow.calls)
+        _check_calls(principal, workflow.calls)
         SUBMITTER.set(dict(request.scope["headers"]).get(b"traceparent"))
         record = await self._runs.submit(
             principal,
@@ -131,7 +133,7 @@ class _Workflows:
         """Append calls and variables to a run."""
         principal = self._identify(request)
         more: _More = await self._body_of(request, principal, _More)
-        _check_schemas(more.calls)
+        _check_calls(principal, more.calls)
         key = request.headers.get("idempotency-key")
         appended = Appended(more.calls, more.variables, more.outputs, key)
         live = await self._runs.ask(principal, run, lambda live: live.append(appended))
@@ -164,9 +166,14 @@ class _Workflows:
     async def _later(
         self, found: LiveRun | tuple[RunRecord, History], principal: Principal, run: str
     ) -> LiveRun | tuple[RunRecord, History]:
-        """Return the run as it is once something has happened, or might have."""
+        """Return the run as it is once something has happened, or might have. Raises ``Draining`` when we shut down:
+        whoever waits had better ask another gateway, or the next one."""
+        if self._services.chat.is_draining:
+            raise Draining("the server is shutting down; ask again", retry_after=1.0)
         if isinstance(found, LiveRun) and not found.is_gone:
-            await found.following.changed()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_S):
+                    await found.following.changed()
             return found
         await asyncio.sleep(_POLL_S)
         return await self._runs.find(principal, run)
@@ -177,7 +184,7 @@ class _Workflows:
         edited: _Edited = await self._body_of(request, principal, _Edited)
         record, history = _seen(await self._runs.find(principal, run))
         workflow = edited.workflow or history.whole()
-        _check_schemas(workflow.calls)
+        _check_calls(principal, workflow.calls)
         SUBMITTER.set(dict(request.scope["headers"]).get(b"traceparent"))
         again = await self._runs.submit(
             principal,
@@ -215,7 +222,7 @@ class _Workflows:
         return event_stream(_frames(found, run, last, (name,), self._services, ends_with=name))
 
     async def _wanted(
-        self, principal: Principal, run: str, name: str, criteria: Criteria
+        self, principal: Principal, run: str, name: str, criteria: Criteria, deadline_s: float | None = None
     ) -> LiveRun | tuple[RunRecord, History]:
         found = await self._runs.find(principal, run)
         record, history = _seen(found)
@@ -224,7 +231,7 @@ class _Workflows:
         if history.outcome(name) is not None:
             return found
         try:
-            return await self._runs.ask(principal, run, lambda live: live.want(name, criteria))
+            return await self._runs.ask(principal, run, lambda live: live.want(name, criteria, deadline_s))
         except Unavailable:
             if record.state == "running" and not isinstance(found, LiveRun):
                 return found  # another gateway has it and does not answer: what is there can be read all the same
@@ -235,12 +242,15 @@ class _Workflows:
         variable: str,
         request: Request,
         criteria: Criteria = "latency",
+        deadline_ms: Annotated[float | None, Query(gt=0, le=_LONGEST_DEADLINE_MS)] = None,
         wait: Annotated[float, Query(ge=0, le=_LONGEST_WAIT_S)] = 0.0,
     ) -> Response:
-        """Return a variable, which is wanted from now on; 202 while it has no value."""
+        """Return a variable, which is wanted from now on, within ``deadline_ms`` if that is given; 202 while it has no
+        value."""
         principal = self._identify(request)
         run, name = _parts(variable)
-        found = await self._wanted(principal, run, name, criteria)
+        deadline_s = deadline_ms / 1000 if deadline_ms is not None else None
+        found = await self._wanted(principal, run, name, criteria, deadline_s)
         outcome = _seen(found)[1].outcome(name)
         if outcome is None and wait:
             with suppress(TimeoutError):
@@ -293,8 +303,13 @@ def _lint(workflow: Workflow) -> list[str]:
     return [f"call {name!r}: {told}" for name, form in forms if (told := prefixes.lint(form)) is not None]
 
 
-def _check_schemas(calls: tuple[Call, ...]) -> None:
+def _check_calls(principal: Principal, calls: tuple[Call, ...]) -> None:
+    """Raise for calls of endpoints that the key may not use, and for schemas that nothing can be checked by."""
     for call in (inner for one in calls for inner in within(one)):
+        if isinstance(call, Embed):
+            principal.check_endpoint(Endpoint.EMBEDDINGS)
+        elif isinstance(call, Llm):
+            principal.check_endpoint(Endpoint.CHAT if "messages" in call.request else Endpoint.COMPLETIONS)
         if isinstance(call, Llm) and call.schema is not None:
             try:
                 check_schema(call.schema)

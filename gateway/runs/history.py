@@ -68,10 +68,12 @@ class Appended(msgspec.Struct, frozen=True, tag="run.appended", omit_defaults=Tr
 
 
 class Wanted(msgspec.Struct, frozen=True, tag="run.wanted"):
-    """Somebody asked for a variable."""
+    """Somebody asked for a variable; ``deadline_s``: and would like to have it so soon after ``at``."""
 
     variable: str
     criteria: Criteria
+    deadline_s: float | None = None
+    at: float = 0.0
 
 
 class Stopped(msgspec.Struct, frozen=True, tag="run.stopped"):

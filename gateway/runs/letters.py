@@ -28,8 +28,8 @@ class Askable(Protocol):
     def append(self, more: Appended) -> None:
         """Add calls and variables."""
 
-    def want(self, variable: str, criteria: Criteria) -> None:
-        """Ask for a variable."""
+    def want(self, variable: str, criteria: Criteria, deadline_s: float | None = None) -> None:
+        """Ask for a variable, at a time perhaps."""
 
     def cancel(self, calls: tuple[str, ...]) -> None:
         """Give calls up, or with none the run."""
@@ -48,9 +48,9 @@ class Letter:
         """See ``Askable``."""
         self.body = msgspec.json.encode(more)
 
-    def want(self, variable: str, criteria: Criteria) -> None:
+    def want(self, variable: str, criteria: Criteria, deadline_s: float | None = None) -> None:
         """See ``Askable``."""
-        self.body = msgspec.json.encode(Wanted(variable, criteria))
+        self.body = msgspec.json.encode(Wanted(variable, criteria, deadline_s))
 
     def cancel(self, calls: tuple[str, ...]) -> None:
         """See ``Askable``."""
@@ -75,8 +75,8 @@ def answer_to(letter: RunLetter, run: Askable) -> RunAnswer:
         match _ASKED.decode(letter.body):
             case Appended() as more:
                 run.append(more)
-            case Wanted(variable=variable, criteria=criteria):
-                run.want(variable, criteria)
+            case Wanted(variable=variable, criteria=criteria, deadline_s=deadline_s):
+                run.want(variable, criteria, deadline_s)
             case Stopped(calls=calls):
                 run.cancel(calls)
             case Put() as put:

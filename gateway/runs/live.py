@@ -142,7 +142,8 @@ class LiveRun:
 
     def begin(self) -> None:
         """Start, or go on: what was asked for later is asked again, in its order."""
-        events = [Tick(), *(event for one in self._history.asked for event in _events_of(one))]
+        wall = self._clock.wall()
+        events = [Tick(), *(event for one in self._history.asked for event in _events_of(one, wall))]
         self._counts.opened()
         if not self._history.number:
             self._counts.accepted()
@@ -150,7 +151,7 @@ class LiveRun:
             span = spans.trace.traceparent.decode() if spans is not None else None
             parent = spans.parent if spans is not None else None
             self._note(Began(tuple(call.id for call in self._history.workflow.calls), span, parent))
-        age_s = max(0.0, self._clock.wall() - self.record.created_at)
+        age_s = max(0.0, wall - self.record.created_at)
         effects = self._executor.begin(self._clock.monotonic() - age_s)
         for event in events:
             # It has ended only if nothing was asked for behind that; a call within another that was cancelled is not
@@ -168,10 +169,13 @@ class LiveRun:
         if more.idempotency is None or more.idempotency not in known:
             self._ask(Append(more.calls, more.variables, more.outputs), msgspec.structs.replace(more, at=self._now()))
 
-    def want(self, variable: str, criteria: Criteria) -> None:
-        """Ask for a variable, unless it is wanted so already."""
-        if self._executor.criteria(variable) not in {criteria, "latency"}:
-            self._ask(Want(variable, criteria), Wanted(variable, criteria))
+    def want(self, variable: str, criteria: Criteria, deadline_s: float | None = None) -> None:
+        """Ask for a variable, unless it is wanted so already, and as soon."""
+        due = self._executor.due(variable)
+        is_sooner = deadline_s is not None and (due is None or self._clock.monotonic() + deadline_s < due)
+        if is_sooner or self._executor.criteria(variable) not in {criteria, "latency"}:
+            wanted = Wanted(variable, criteria, deadline_s, self._now())
+            self._ask(Want(variable, criteria, deadline_s), wanted)
 
     def cancel(self, calls: tuple[str, ...]) -> None:
         """Give calls up, or with none the run."""
@@ -387,12 +391,13 @@ class LiveRun:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
 
-def _events_of(asked: Appended | Wanted | Stopped) -> tuple[Event, ...]:
+def _events_of(asked: Appended | Wanted | Stopped, now: float) -> tuple[Event, ...]:
     match asked:
         case Appended():
             return (Append(asked.calls, asked.variables, asked.outputs),)
         case Wanted():
-            return (Want(asked.variable, asked.criteria),)
+            left_s = asked.deadline_s and max(0.0, asked.at + asked.deadline_s - now)
+            return (Want(asked.variable, asked.criteria, left_s),)
         case Stopped(calls=()):
             return (Cancel(),)
         case Stopped(calls=calls):

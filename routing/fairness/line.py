@@ -231,6 +231,10 @@ class Line:
         else:
             self.turns.served(request.account, request.rank)
 
+    def returned(self) -> tuple[Request, ...]:
+        """Return those that had their turn and came back, in that order."""
+        return tuple(self._returned.values())
+
     def waiting(self) -> list[Request]:
         """Return all that wait, in the order of arrival. Costs O(n log n)."""
         aside = {entry[2] for entry in self._aside if self._is_aside(entry)}

@@ -29,4 +29,4 @@ class Priority(Vtc):
 
     def lift(self, account: Account, rank: int) -> None:
         """As in ``Vtc``, by what the request's class has come to."""
-        account.lift(self._by_rank.get(rank, 0))
+        account.lift(self._by_rank.get(rank, self.virtual))  # of another policy's time, or another scheduler's

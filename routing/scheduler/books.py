@@ -39,6 +39,8 @@ class Books:
         self._fairness = fairness
         for name, model in self.models.items():
             model.line.fairness = self.fairness_of(name)
+            for worker in model.workers:
+                model.refresh(worker)  # how many legs it is given may have changed
 
     def fairness_of(self, model: ModelName) -> Fairness:
         """Return the model's policy."""

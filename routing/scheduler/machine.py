@@ -8,6 +8,7 @@ import msgspec
 
 from core.ids import LegId, ModelName, RequestId, WorkerId
 from routing.fairness.account import Place
+from routing.fairness.account import Request as Waiting
 from routing.fairness.policy import Fairness
 from routing.scheduler.adoption import adopt
 from routing.scheduler.books import Books
@@ -225,7 +226,9 @@ class Scheduler:
             settle_prompt(line, leg, event.prefilled)
         else:
             expect_again(line, leg)
-        if leg.first_at is not None and leg.ran > 1:
+        if event.num_tokens and not leg.has_begun:
+            worker.cost.pass_over()
+        if event.cause in {"done", "aborted"} and leg.first_at is not None and leg.ran > 1:  # else it may have hung
             worker.pace.observe_step((leg.load + worker.num_running + 1) / 2, (event.now - leg.first_at) / leg.ran)
             self._books.models[worker.view.model].refresh(worker)  # it may take more now, or less
         self._judge(leg, event)
@@ -313,7 +316,9 @@ class Scheduler:
         """The leg was cut by our choice: the request waits to go on, and has no deadline."""
         model = self._books.models[request.model]
         request.cut_for = leg.cut_for
-        request.deadline = FOREVER if request.is_committed else now + request.queue_timeout
+        # What a part of the answer was made for waits for ever: no other model could go on with it.
+        has_begun = request.is_committed or request.delivered > 0
+        request.deadline = FOREVER if has_begun else now + request.queue_timeout
         self._books.wake(request.deadline, request.model, request.id)
         request.not_before = 0.0
         request.waits_since = now
@@ -440,13 +445,21 @@ class Scheduler:
             return False
         request = self._books.requests[turn.id]
         if not model.with_room and request.target is None:
-            return False
+            return any(self._start_on_target(model, returned, now, effects) for returned in line.returned())
         start = self._try_start(model, request, now)
         if start is None:
             if request.place is Place.TURN and able_workers(model, now):  # it waits for better
                 line.stand_back(request)
                 return True
             return request.place is Place.FOLLOWING
+        effects.append(start)
+        return True
+
+    def _start_on_target(self, model: Model, turn: Waiting, now: float, effects: list[Effect]) -> bool:
+        """Start a request that a slot is kept for, whoever stands before it: no other may have that slot."""
+        request = self._books.requests[turn.id]
+        if request.target is None or (start := self._try_start(model, request, now)) is None:
+            return False
         effects.append(start)
         return True
 

@@ -19,7 +19,11 @@ from tests.fakes.gateway import GatewayProcess, attached
 from tests.fakes.postgres import Postgres
 
 OTHER_KEY = "fbk_of-another-tenant-altogether"
-KEYS = [{"name": "other", "tenant": "other", "key": OTHER_KEY}]
+EMBEDDINGS_KEY = "fbk_for-embeddings-and-nothing-else"
+KEYS: list[dict[str, Any]] = [
+    {"name": "other", "tenant": "other", "key": OTHER_KEY},
+    {"name": "narrow", "tenant": "other", "key": EMBEDDINGS_KEY, "endpoints": ["embeddings"]},
+]
 
 
 def llm(name: str, text: str, **rest: Any) -> dict[str, Any]:
@@ -143,7 +147,7 @@ async def test_a_run_is_followed_from_its_beginning_and_from_any_event_on(client
 
 async def test_an_open_variable_holds_a_run_up_until_it_is_set(client: Client) -> None:
     run = await client.submit(llm("a", "{{approval}}"), variables={"approval": {"open": True}})
-    pending = await client.ask("GET", f"/v1/variables/{run['id']}.a?wait=0.05", status=202)
+    pending = await client.ask("GET", f"/v1/variables/{run['id']}.a?wait=0.05&deadline_ms=60000", status=202)
     assert pending["state"] == "pending"
     await client.ask("PUT", f"/v1/variables/{run['id']}.approval", {"value": "yes"})
     assert await client.value(run["id"], "a")
@@ -286,6 +290,31 @@ async def test_no_id_of_one_tenant_means_anything_to_another(client: Client, fro
         assert told[0]["error"]["message"].replace(run["id"], unknown) == told[1]["error"]["message"]
     assert (await stranger.ask("GET", "/v1/workflows"))["data"] == []
     await stranger.http.aclose()
+
+
+async def test_a_workflow_reaches_no_endpoint_that_its_key_may_not_use(front: GatewayProcess) -> None:
+    narrow = Client(front, EMBEDDINGS_KEY)
+    within = {"kind": "race", "id": "r", "of": [{"calls": [llm("x", "Say one.")], "result": "{{x}}"}]}
+    for call in (llm("x", "Say one."), within):
+        refused = await narrow.submit(call, status=403)
+        assert refused["error"]["code"] == "endpoint_not_allowed"
+    run = await narrow.submit({"kind": "transform", "id": "t", "value": 1})
+    path = f"/v1/workflows/{run['id']}"
+    await narrow.ask("POST", f"{path}/calls", {"calls": [llm("x", "Say one.")]}, status=403)
+    await narrow.ask("POST", f"{path}/resume", {"workflow": {"calls": [llm("x", "Say one.")]}}, status=403)
+    await narrow.http.aclose()
+
+
+async def test_who_waits_for_a_variable_while_the_gateway_shuts_down_is_told(engine: FakeEngine) -> None:
+    async with GatewayProcess({"fake": attached(engine.url)}) as gateway:
+        client = Client(gateway)
+        run = await client.submit(llm("a", "{{ok}}"), variables={"ok": {"open": True}})
+        waiting = asyncio.create_task(client.ask("GET", f"/v1/variables/{run['id']}.a?wait=30", status=503))
+        await asyncio.sleep(0.3)
+        gateway.terminate()
+        assert (await waiting)["error"]["code"] == "draining"
+        await gateway.wait()
+        await client.http.aclose()
 
 
 async def test_what_an_engine_refuses_is_an_error_that_names_the_call(client: Client) -> None:

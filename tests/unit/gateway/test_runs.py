@@ -199,8 +199,8 @@ class Asked:
     def append(self, more: Appended) -> None:
         self._take(more)
 
-    def want(self, variable: str, criteria: Criteria) -> None:
-        self._take(Wanted(variable, criteria))
+    def want(self, variable: str, criteria: Criteria, deadline_s: float | None = None) -> None:
+        self._take(Wanted(variable, criteria, deadline_s))
 
     def cancel(self, calls: tuple[str, ...]) -> None:
         self._take(Stopped(calls))
@@ -213,6 +213,7 @@ MORE = Appended(workflow(llm("b", "{{a}}")).calls, {"v": Given(value=2), "o": Gi
 ASKS: Sequence[Callable[[Askable], None]] = (
     lambda run: run.append(MORE),
     lambda run: run.want("b", "throughput"),
+    lambda run: run.want("b", "latency", 2.5),
     lambda run: run.cancel(("a", "b")),
     lambda run: run.cancel(()),
     lambda run: run.put(Put("v", {"n": [1, None]})),

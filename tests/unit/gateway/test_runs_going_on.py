@@ -162,3 +162,29 @@ async def test_all_that_was_wanted_of_a_run_is_wanted_of_one_like_it(outputs: tu
         await settled(run, "d")
         run.leave()
     assert run.told.whole().outputs == (("a", "d") if outputs else ())
+
+
+async def test_a_variable_that_is_wanted_at_a_time_is_wanted_then_after_a_restart() -> None:
+    given = workflow(llm("a", "{{ok}}"), variables={"ok": {"open": True}})
+    house = House()
+    async with house.log:
+        run = house.run(given, Worker(house.clock))
+        run.begin()
+        run.want("a", "latency", 20.0)
+        run.want("a", "latency", 25.0)
+        await stop(house, run)
+    house.clock.advance(5.0)
+    left: list[float | None] = []
+
+    async def say(start: Start) -> Done | Failed:
+        left.append(start.standing.left_s)
+        return Done(start.call, start.epoch, "x")
+
+    house.log = RunLog(house.telling.counting(house._write), house.clock)
+    async with house.log:
+        run = house.run(given, Worker(house.clock, say))
+        run.begin()
+        run.put(Put("ok", "yes"))
+        await settled(run, "a")
+        run.leave()
+    assert left == [15.0]

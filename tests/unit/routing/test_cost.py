@@ -96,3 +96,34 @@ def test_what_was_long_ago_counts_little() -> None:
         cost.end(now, has_begun=True)
     best = cost.best_legs(20, prompt=200, answer=50)
     assert best == pytest.approx(math.sqrt(20 * 50 * 0.02 / (250 * 0.0001)), rel=0.05)
+
+
+def test_of_a_worker_that_stays_full_nothing_is_told_after_a_while() -> None:
+    cost, now = Cost(), 0.0
+    cost.start(now)
+    told = []
+    for _ in range(40):  # another prompt always comes before the one before it is done
+        cost.start(now)
+        now += 1.0
+        cost.begin(now)
+        cost.computed(200)
+        cost.deliver(10)
+        told.append(cost.best_legs(20, prompt=200, answer=50))
+    assert told[0] == 0.0
+    assert told[-1] is None
+
+
+def test_nothing_is_told_while_answers_come_whole() -> None:
+    cost = worked(0.02, 0.001)
+    assert cost.best_legs(20, prompt=200, answer=50)
+    cost.start(100.0)
+    cost.end(105.0, has_begun=False)
+    cost.computed(200)
+    cost.pass_over()
+    assert cost.best_legs(20, prompt=200, answer=50) is None
+    for number in range(Cost.WHOLE):
+        cost.start(110.0 + number)
+        cost.begin(110.2 + number)
+        cost.computed(200)
+        cost.end(110.5 + number, has_begun=True)
+    assert cost.best_legs(20, prompt=200, answer=50) is not None

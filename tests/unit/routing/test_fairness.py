@@ -310,3 +310,12 @@ def test_counters_that_have_grown_large_are_made_small_without_a_change_of_order
 )
 def test_a_wrong_figure_is_named_with_what_to_do(figures: dict[str, object], problem: str | None) -> None:
     assert Fairness(**figures).problem() == problem  # type: ignore[arg-type]
+
+
+def test_a_class_that_was_not_there_under_another_policy_begins_at_the_time_that_it_had() -> None:
+    line = Line(Fairness(policy="vtc"))
+    line.turns.virtual = 5_000
+    line.fairness = Fairness(policy="priority")
+    newcomer = line.account(TenantId("new"), 1.0)
+    line.turns.arrive(newcomer, 0)
+    assert newcomer.counter == 5_000

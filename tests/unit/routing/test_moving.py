@@ -200,3 +200,17 @@ def test_pace_that_was_seen_at_one_load_only_says_that_load_costs_nothing() -> N
         pace.observe_step(4, 0.05)
 
     assert [pace.step(1), pace.step(8)] == pytest.approx([0.05, 0.05])
+
+
+def test_who_has_a_slot_kept_for_it_starts_there_whoever_came_back_before_it() -> None:
+    world = World(view("m-0", slots=2), view("m-1"))
+    world.submit("b", pinned=False)
+    world.submit("a", pinned=False)
+    world.submit("c")
+    (there,) = (leg for leg, start in world.running.items() if start.worker == "m-1")
+    world.worker(view("m-0", slots=2, draining=True))
+    (cut,) = aborts(world.end(there))
+    (left,) = (leg for leg, start in world.running.items() if leg != cut[0])
+    assert starts(world.end(left, "lost")) == [], "its place is taken"
+
+    assert starts(world.end(cut[0], "aborted", can_resume=True)) == [(cut[0].partition("/")[0], "m-1")]

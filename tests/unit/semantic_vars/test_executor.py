@@ -531,3 +531,14 @@ def test_a_fan_in_of_thousands_of_calls_costs_little_for_each(monkeypatch: pytes
     assert run.executor.outcome("r").state is State.DONE
     assert "r" in run.prefilled
     assert num_found < 50 * len(many), "it was thousands for each while all inputs were looked at each time"
+
+
+def test_a_variable_that_is_wanted_at_a_time_hurries_all_that_it_comes_of() -> None:
+    given = workflow(llm("a", "{{ok}}"), llm("b", "{{a}}"), llm("c", "{{ok}}"), variables={"ok": {"open": True}})
+    run = Run(given)
+    run.now = 3.0
+    run.on(Want("b", deadline_s=5.0))
+    run.on(Want("b", deadline_s=9.0))
+    run.now = 4.0
+    run.on(Put("ok", "yes"))
+    assert (run.started["a"].standing.left_s, run.started["c"].standing.left_s) == (4.0, None)

@@ -91,3 +91,11 @@ def test_nothing_is_less_urgent_than_what_waits_for_it_unless_it_is_of_a_group(g
         members = [name for name, one in seen.items() if one.group == group]
         assert sum(given[name].members for name in members) > 1
         assert len({seen[name].level for name in members}) == 1
+
+
+def test_what_something_comes_of_is_wanted_as_soon_as_the_earliest_of_all_that_it_is_for() -> None:
+    stages = {
+        "a": Stage(("b", "c")), "b": Stage((), "latency", due=9.0), "c": Stage((), "latency", due=7.0),
+        "d": Stage((), "latency"),
+    }  # fmt: skip
+    assert {name: one.due for name, one in deduce(stages).items()} == {"a": 7.0, "b": 9.0, "c": 7.0, "d": None}
